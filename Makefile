@@ -1,0 +1,52 @@
+# `make` lists the targets. PYTHON names the interpreter that .venv is made from; where one is given that has torch
+# already (PYTHON=python3 make test), its packages are used as they are and nothing is downloaded.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON_GIVEN := $(filter command environment,$(origin PYTHON))
+PYTHON ?= python3
+PY := .venv/bin/python
+INSTALLED := .venv/installed
+# What an installation depends on; other Python files are used in place.
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt constraints-cpu.txt CMakeLists.txt \
+                  $(wildcard kernels/projection/*.cpp kernels/projection/*.h kernels/projection/*.cu kernels/projection/*.cuh)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## train a small network, stock and fused, and compare them
+	@$(PY) -m fastres train --demo
+
+test: $(INSTALLED) ## run the tests
+	@$(PY) -m pytest tests
+
+lint: $(INSTALLED) ## run ruff
+	@$(PY) -m ruff check .
+
+bench: $(INSTALLED) ## run the benchmarks
+	@$(PY) -m pytest benchmarks
+
+clean: ## remove what was built; .venv stays
+	@rm -rf build dist fastres.egg-info .pytest_cache .ruff_cache $(INSTALLED)
+	@rm -f kernels/projection/libfastres_projection.* kernels/projection/_build.json
+
+$(INSTALLED): $(INSTALL_INPUTS)
+	@if [ -n "$(PYTHON_GIVEN)" ] && $(PYTHON) -c "import torch" 2>/dev/null; then \
+	    echo "fastres: using the packages of $(PYTHON), downloading nothing"; \
+	    [ -x $(PY) ] || $(PYTHON) -m venv --system-site-packages .venv; \
+	    $(PY) -m pip install --quiet --no-deps --no-build-isolation --no-index -e .; \
+	else \
+	    echo "fastres: installing into .venv, which downloads torch the first time"; \
+	    [ -x $(PY) ] || $(PYTHON) -m venv .venv; \
+	    $(PY) -m pip install --quiet -c constraints.txt setuptools cmake ninja numpy torch; \
+	    if $(PY) -c "import sys, torch; sys.exit(torch.version.cuda is not None)"; \
+	    then suffix=-cpu extras=lint,test,train,triton; \
+	    else suffix= extras=lint,test,train; fi; \
+	    $(PY) -m pip install --quiet -c constraints$$suffix.txt --no-build-isolation -e ".[$$extras]"; \
+	fi
+	@$(PY) -c "from fastres.kernels.projection import available as a; print('fastres: projection extension:', a() or 'built')"
+	@touch $@
+
+.PHONY: help demo test lint bench clean

@@ -1,0 +1,59 @@
+"""Which kernel namespaces can run on this machine, and why not.
+
+Nothing here asks for a GPU, imports triton or loads the extension before it is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+NAMESPACES = ("reference", "library", "triton", "projection")
+"""The folders of `fastres.kernels`, each with the kernels that it offers."""
+
+CHOICES = ("auto", "reference", "library", "triton")
+"""What a `backend` argument, a module's `backend` attribute and FASTRES_BACKEND may name."""
+
+
+def available() -> dict[str, str | None]:
+    """Each namespace, with None where it can run on this machine or else the reason why it cannot."""
+    return {
+        "reference": None,
+        "library": None,
+        "triton": _triton_reason(),
+        "projection": load("projection").available(),
+    }
+
+
+def check_name(backend: str) -> None:
+    """Raise ValueError unless `backend` is one of `CHOICES`."""
+    if backend not in CHOICES:
+        raise ValueError(f"backend={backend!r} is not known; use one of {', '.join(map(repr, CHOICES))}")
+
+
+def require(backend: str) -> None:
+    """Raise ValueError for an unknown `backend`, RuntimeError with the reason for one that cannot run here."""
+    check_name(backend)
+    reason = None if backend == "auto" else available()[backend]
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run on this machine: {reason}")
+
+
+@functools.cache
+def load(namespace: str) -> ModuleType:
+    """The module `fastres.kernels.<namespace>`."""
+    return importlib.import_module(f"fastres.kernels.{namespace}")
+
+
+@functools.cache
+def _triton_reason() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton does not import ({error})"
+    return None

@@ -1,0 +1,15 @@
+"""One table of cases for every kernel: what `fastres verify` runs, tests compare and `static_checks` compiles.
+
+A family's cases are in the module of its stem.
+"""
+
+from __future__ import annotations
+
+from . import batch_norm
+from ._common import Case, Maker, copied, exact_inputs
+
+__all__ = ["BY_FAMILY", "BY_NAME", "Case", "Maker", "copied", "exact_inputs"]
+
+BY_FAMILY: dict[str, list[Case]] = {"batch_norm": batch_norm.CASES}
+
+BY_NAME: dict[str, Case] = {case.name: case for cases in BY_FAMILY.values() for case in cases}

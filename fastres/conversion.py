@@ -1,0 +1,198 @@
+"""Swap the classes of a model's modules for their fused ones, and back.
+
+Named `conversion` because a module `fastres.convert` would take the place of the function `fastres.convert`.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+from . import backends
+from .nn import blocks, conv_bn_relu, stem
+from .nn.fused import FusedModule, fused_class
+
+GRANULARITIES = ("auto", "block")
+
+_FORWARD_METHODS = ("forward", "_forward_impl")  # the second is where torchvision's ResNet keeps its forward
+_NAMED_IN_MESSAGES = 5
+
+
+class Unit(NamedTuple):
+    """A module that is, or looks like, something that can be fused.
+
+    fused: the class to swap to, or that the module has already; None where there is none. reason: why the module runs
+    as stock even in that class, or None.
+    """
+
+    path: str
+    module: nn.Module
+    name: str
+    fused: type[FusedModule] | None
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the model'} ({self.name}): {self.reason}"
+
+
+def convert(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    granularity: str = "auto",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    strict: bool = False,
+) -> nn.Module:
+    """Fuse the residual blocks of a model, in place.
+
+    Known are the blocks and the stem of torchvision's ResNets (also in a subclass that keeps their forward), and those
+    of `fastres.nn` and `fastres.models`. Each keeps its children, parameters and buffers: state_dicts, the references
+    of optimizers and hooks on the block stay; only the class changes. A block that has, at some call, a child that
+    fusion cannot honour (a hook, a parametrization, another norm) runs its children one by one; `fastres.explain` says
+    so.
+
+    Converting again is harmless and sets `backend` anew. Convert before torch.compile and before fully_shard.
+
+    Args:
+        model: any module that holds such blocks, or is one.
+        backend: one of `fastres.backends.CHOICES`, stored in each converted module as its attribute `backend`.
+        granularity: "auto" or "block", which mean the same for now: one fused function for each block.
+        filter_fn: called with a block and its path in the model; where it returns False the block stays as it is.
+        strict: raise ValueError, and change nothing, unless every block and stem that was found can be fused.
+
+    Returns:
+        The same model. Warns, once, when something that looks like a block or a stem will run as stock modules, or when
+        there is nothing to fuse.
+
+    Raises:
+        ValueError: unknown `backend` or `granularity`; `strict`; a model already compiled or sharded.
+        RuntimeError: `backend` cannot run on this machine.
+    """
+    if granularity not in GRANULARITIES:
+        remedy = "fusing whole stages does not exist yet" if granularity == "stage" else "it is not known"
+        raise ValueError(f"granularity={granularity!r}: {remedy}; use 'auto' or 'block'")
+    backends.require(backend)
+    _refuse_compiled(model, "convert")
+    units = [unit for unit in find_units(model) if filter_fn is None or filter_fn(unit.module, unit.path)]
+    for unit in units:
+        if unit.fused is None and _is_sharded(unit.module):
+            raise ValueError(f"convert: {unit}")
+    left = [unit for unit in units if unit.reason is not None]
+    message = None
+    if not units:
+        message = f"{type(model).__name__} has nothing to fuse: no block or stem of a class that fastres knows"
+    elif left:
+        message = f"{len(left)} of {len(units)} units run as stock modules: {_listed(left)}"
+    if strict and message is not None:
+        raise ValueError(f"convert: {message}")
+    for unit in units:
+        if unit.fused is not None:
+            unit.module.__class__ = unit.fused
+            unit.module.backend = backend
+    if message is not None:
+        warnings.warn(f"fastres.convert: {message}", stacklevel=2)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Give every fused module of a model its stock class back, in place; returns the same model.
+
+    Modules built from `fastres.nn` and `fastres.models` get the stock class that each names as `stock_class`. Raises
+    ValueError, and changes nothing, when a fused class was subclassed (fully_shard does that) or the model is compiled.
+    """
+    _refuse_compiled(model, "revert")
+    fused = [(path, module) for path, module in model.named_modules() if isinstance(module, FusedModule)]
+    for path, module in fused:
+        if "stock_class" not in vars(type(module)):
+            why = "revert before fully_shard" if _is_sharded(module) else "a subclass has no stock class to go back to"
+            raise ValueError(f"revert: {path or 'the model'} is {type(module).__name__}: {why}")
+    for _, module in fused:
+        module.__class__ = type(module).stock_class
+        module.__dict__.pop("backend", None)
+    return model
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """Everything in the model, itself included, that is or looks like a block or a stem, in the model's order."""
+    known = _known_classes()
+    units = (_unit(path, module, known) for path, module in model.named_modules())
+    return [unit for unit in units if unit is not None]
+
+
+def _unit(path: str, module: nn.Module, known: dict[type[nn.Module], type[FusedModule]]) -> Unit | None:
+    cls = type(module)
+    fused, reason = None, None
+    base = next((base for base in cls.__mro__ if base in known), None)
+    if isinstance(module, FusedModule):
+        fused = cls
+    elif base is None:
+        name = _resembles(module)
+        if name is None:
+            return None
+        return Unit(path, module, name, None, f"{_qualified(cls)} is not a class that fastres knows")
+    elif _is_sharded(module):
+        reason = "it is sharded already; convert the model before fully_shard"
+    elif any(getattr(cls, method, None) is not getattr(base, method, None) for method in _FORWARD_METHODS):
+        reason = f"{_qualified(cls)} has a forward of its own"
+    else:
+        fused = known[base] if cls is base else fused_class(known[base].__bases__[0], cls)
+    if "forward" in module.__dict__:
+        fused, reason = None, "its forward was replaced on the instance"
+    if fused is not None:
+        reason = fused.fused_reason(module)
+    return Unit(path, module, (fused or known[base]).unit, fused, reason)
+
+
+def _known_classes() -> dict[type[nn.Module], type[FusedModule]]:
+    """Each stock class with its fused class. torchvision's are known once the program has imported them."""
+    known: dict[type[nn.Module], type[FusedModule]] = {
+        fused.stock_class: fused
+        for fused in (blocks.BasicBlock, blocks.Bottleneck, conv_bn_relu.ConvBNReLU2d, stem.Stem)
+    }
+    models = sys.modules.get("fastres.models.resnet")
+    if models is not None:
+        known[models.StockResNet] = models.ResNet
+    torchvision = sys.modules.get("torchvision.models.resnet")
+    if torchvision is not None:
+        for name, mixin in (
+            ("BasicBlock", blocks.FusedBasicBlock),
+            ("Bottleneck", blocks.FusedBottleneck),
+            ("ResNet", stem.FusedResNet),
+        ):
+            stock_class = getattr(torchvision, name)
+            known[stock_class] = fused_class(mixin, stock_class)
+    return known
+
+
+def _resembles(module: nn.Module) -> str | None:
+    """The unit that a module of an unknown class looks like, by the names of its children."""
+    names = module._modules.keys()
+    if {"conv1", "bn1", "conv2", "bn2"} <= names:
+        return "bottleneck" if "conv3" in names else "basic_block"
+    if {"conv1", "bn1", "maxpool"} <= names:
+        return "stem"
+    return None
+
+
+def _refuse_compiled(model: nn.Module, function: str) -> None:
+    # torch 2.11 keeps running the graph it has compiled, whatever happens to the classes of the modules.
+    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        raise ValueError(f"{function}: the model is compiled already; call {function} first, then torch.compile")
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def _listed(units: list[Unit]) -> str:
+    text = "; ".join(map(str, units[:_NAMED_IN_MESSAGES]))
+    more = len(units) - _NAMED_IN_MESSAGES
+    return text + (f"; and {more} more" if more > 0 else "") + " (fastres.explain(model) lists every unit)"
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,163 @@
+"""What is fused in a model, and what is not and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from . import backends, plan
+from .conversion import Unit, find_units
+from .nn.fused import FusedModule
+
+
+class Row(NamedTuple):
+    """One block or stem of a model.
+
+    path: in the model, "" for the model itself. unit: the function of `fastres.functional` that it is. status: "fused";
+    "partly", where the shortcut runs as its own module beside the fused rest; "stock", where the children run one by
+    one. input: shape of its input, where `explain` was given one. backend: what was asked for, and the kernel
+    namespaces that serve it for the dtype and device of its parameters. reason: why not fused, or not wholly.
+    """
+
+    path: str
+    unit: str
+    status: str
+    input: tuple[int, ...] | None
+    backend: str
+    reason: str
+
+
+class Explanation:
+    """`rows`, and `notes` on the model as a whole. Prints as a table."""
+
+    def __init__(self, rows: Sequence[Row], notes: Sequence[str]):
+        self.rows = list(rows)
+        self.notes = list(notes)
+
+    def __str__(self) -> str:
+        table = [
+            (
+                row.path or "(model)",
+                row.unit,
+                row.status,
+                "x".join(map(str, row.input or ())),
+                row.backend,
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        lines = []
+        if table:
+            table.insert(0, ("path", "unit", "status", "input", "backend", "reason"))
+            columns = [column for column in zip(*table, strict=True) if any(column[1:])]
+            widths = [max(map(len, column)) for column in columns]
+            for cells in zip(*columns, strict=True):
+                lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+            lines.insert(1, "  ".join("-" * width for width in widths))
+            lines.append("")
+        return "\n".join(lines + self.notes)
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Explanation:
+    """Say of each block and stem of a model whether it runs fused, by which backend, or why not.
+
+    This is what the modules are now: conditions of a single call (a tracer, an empty batch, a torch.func transform) are
+    looked at when that call is made. A model that was not converted yet is shown as it is.
+
+    Args:
+        model: any module, converted or not.
+        input_shape: of one input tensor, `(N, C, H, W)`; adds the shape of each unit's input. The model then runs
+            once on the meta device: nothing is computed and its state does not change. Raises ValueError when it does
+            not take such an input.
+    """
+    units = find_units(model)
+    shapes = {} if input_shape is None else _input_shapes(model, units, input_shape)
+    rows = [_row(unit, shapes.get(unit.path)) for unit in units]
+    return Explanation(rows, _notes(model, units, rows))
+
+
+def _row(unit: Unit, shape: tuple[int, ...] | None) -> Row:
+    module, reason = unit.module, unit.reason
+    if reason is not None:
+        return Row(unit.path, unit.name, "stock", shape, "", reason)
+    if not isinstance(module, FusedModule):
+        return Row(unit.path, unit.name, "stock", shape, "", "not converted: call fastres.convert(model)")
+    separate = module.separate_reason()
+    backend, failure = _backend(module)
+    reason = "; ".join(filter(None, (failure, separate and f"the shortcut runs as its own module: {separate}")))
+    return Row(unit.path, unit.name, "fused" if separate is None else "partly", shape, backend, reason)
+
+
+def _backend(module: FusedModule) -> tuple[str, str | None]:
+    """The requested backend with the namespaces that serve it, and why a call would raise."""
+    name = plan.requested(module.backend)
+    weight = next(module.parameters(), None)
+    if weight is None or weight.device.type not in ("cpu", "cuda"):
+        return name, None
+    try:
+        chosen = set(plan.origins(weight.dtype, weight.device, name).values())
+    except RuntimeError as error:
+        return name, str(error)
+    return f"{name}: {', '.join(namespace for namespace in backends.NAMESPACES if namespace in chosen)}", None
+
+
+def _notes(model: nn.Module, units: list[Unit], rows: list[Row]) -> list[str]:
+    if not rows:
+        return [f"{type(model).__name__} has no block or stem that fastres knows."]
+    counts = ((status, sum(row.status == status for row in rows)) for status in ("fused", "partly", "stock"))
+    notes = [f"{len(rows)} units: " + ", ".join(f"{count} {status}" for status, count in counts if count) + "."]
+    inside = {id(child) for unit in units for child in _covered(unit)}
+    outside = [module for module in model.modules() if id(module) not in inside]
+    convs = sum(isinstance(module, nn.Conv2d) for module in outside)
+    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in outside)
+    if convs or norms:
+        notes.append(f"Outside these units, run as they are: convolutions: {convs}, batch norms: {norms}.")
+    if any("DTensor" in row.reason for row in rows):
+        notes.append(
+            "Under fully_shard a parameter is DTensor between the steps and plain within them, where its block runs "
+            "fused: explain a model before sharding it."
+        )
+    weights = (weight for unit in units for weight in unit.module.parameters() if weight.dim() == 4)
+    if not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights):
+        notes.append(
+            "Fused units compute in channels_last and return it: an NCHW input is converted once, at the first. "
+            "The model's weights are NCHW: model.to(memory_format=torch.channels_last) makes them fit."
+        )
+    return notes
+
+
+def _covered(unit: Unit) -> list[nn.Module]:
+    """The modules that a row speaks of: all inside a block, the first four layers of a ResNet."""
+    if unit.name == "stem":
+        return [unit.module.get_submodule(name) for name in ("conv1", "bn1")]
+    return list(unit.module.modules())
+
+
+def _input_shapes(model: nn.Module, units: list[Unit], input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def recorder(path: str):
+        def record(module, args):
+            shapes[path] = tuple(args[0].shape)
+
+        return record
+
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
+    handles = [unit.module.register_forward_pre_hook(recorder(unit.path)) for unit in units]
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, state, (torch.empty(*input_shape, dtype=dtype, device="meta"),))
+    except (RuntimeError, ValueError, TypeError) as error:
+        shape = tuple(input_shape)
+        raise ValueError(f"explain: the model does not take an input of input_shape={shape}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes

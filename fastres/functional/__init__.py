@@ -1,0 +1,10 @@
+"""Fused units as differentiable functions, one file each, over one `torch.library` operator per direction."""
+
+from ._batch_norm import BatchNormParams
+from .basic_block import basic_block
+from .bottleneck import bottleneck
+from .conv_bn_relu import conv_bn_relu
+from .projection import projection
+from .stem import stem
+
+__all__ = ["BatchNormParams", "basic_block", "bottleneck", "conv_bn_relu", "projection", "stem"]

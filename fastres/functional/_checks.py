@@ -1,0 +1,68 @@
+"""Checks of what a caller hands to a fused unit; every message names the argument and the remedy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._batch_norm import BatchNormParams
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def prepare_input(unit: str, x: Tensor, conv_weight: Tensor, groups: int = 1) -> Tensor:
+    """x as the unit reads it: checked, in autocast's dtype where autocast is on, in channels_last memory.
+
+    x must be `[N, C, H, W]` with C = conv_weight.shape[1]*groups, floating, on conv_weight's device and, outside
+    autocast, of its dtype. Raises ValueError or TypeError.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"{unit}: x must be [N, C, H, W], has {x.dim()} dimensions: {tuple(x.shape)}")
+    channels = conv_weight.shape[1] * groups
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"{unit}: x must have {channels} channels (dimension 1), as the first conv's weight does, has {x.shape[1]}"
+        )
+    if x.device != conv_weight.device:
+        raise ValueError(f"{unit}: x is on {x.device} but the weights are on {conv_weight.device}; move one of them")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{unit}: x must be float64, float32, bfloat16 or float16, is {x.dtype}")
+    if torch.is_autocast_enabled(x.device.type):
+        # Like autocast's convolution: float64 is left alone.
+        if x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != conv_weight.dtype:
+        raise TypeError(
+            f"{unit}: x is {x.dtype} but the weights are {conv_weight.dtype}; convert one of them or use torch.autocast"
+        )
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def check_rows(params: BatchNormParams, shape: tuple[int, int, int, int]) -> None:
+    """Raise PyTorch's ValueError where batch statistics would be taken over one value; shape `(N, C, H, W)`."""
+    if params.batch_stats and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}; "
+            "use a larger batch or image, or put the batch norm into eval mode"
+        )
+
+
+def check_shortcut(unit: str, shortcut: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """The ready-made shortcut, of the output's shape, in the unit's dtype and in channels_last memory."""
+    if tuple(shortcut.shape) != tuple(shape):
+        raise ValueError(f"{unit}: shortcut must have the output's shape {tuple(shape)}, has {tuple(shortcut.shape)}")
+    return shortcut.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def check_identity(unit: str, x: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """Raise ValueError when x cannot be its own shortcut."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"{unit}: an identity shortcut needs an output of x's shape {tuple(x.shape)}, the block's is {tuple(shape)}; "
+            "pass a projection or a shortcut"
+        )
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Pixels along one axis of a convolution's output."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

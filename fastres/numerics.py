@@ -1,0 +1,69 @@
+"""The numerics contract: how far our results may be from exact ones, judged by how far stock's are.
+
+    ||ours - exact|| <= k*||stock - exact|| + eps(dtype)/8*||exact||
+
+with k = 2, Frobenius norms, `exact` computed in float64 from the same inputs, and `stock` by PyTorch's own operators in
+the same dtype as ours. No tolerance is guessed: the first term is what rounding costs anyone who computes in `dtype`;
+the second, an eighth of a rounding unit, serves results where stock happens to be exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+K = 2.0
+"""How many times stock's error ours may be."""
+
+
+@dataclass(frozen=True)
+class ThreeWay:
+    """error, stock_error: norms of the differences from exact; bound: what error may be; norm: of the exact result."""
+
+    error: float
+    stock_error: float
+    bound: float
+    norm: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether ours is within the bound; never for NaN."""
+        return self.error <= self.bound
+
+    def __str__(self) -> str:
+        return (
+            f"error {self.error:.3g}, stock's {self.stock_error:.3g}, allowed {self.bound:.3g}, "
+            f"norm of the exact result {self.norm:.3g}"
+        )
+
+
+def three_way(ours: Tensor, stock: Tensor, exact: Tensor, dtype: torch.dtype, k: float = K) -> ThreeWay:
+    """Compare `ours` and `stock` with `exact` (float64), all of one shape.
+
+    dtype: the dtype of the computation, that of the activations; sums and statistics of bfloat16 activations are kept
+    in float32 and still judged as bfloat16. Raises ValueError where shapes differ or `exact` is not float64.
+    """
+    if not ours.shape == stock.shape == exact.shape:
+        raise ValueError(f"shapes differ: ours {ours.shape}, stock {stock.shape}, exact {exact.shape}")
+    if exact.dtype != torch.float64:
+        raise ValueError(f"exact must be float64, is {exact.dtype}")
+    exact = exact.detach()
+    norm = exact.norm().item()
+    error, stock_error = ((t.detach().to(exact) - exact).norm().item() for t in (ours, stock))
+    return ThreeWay(error, stock_error, k * stock_error + torch.finfo(dtype).eps / 8 * norm, norm)
+
+
+def assert_three_way(name: str, ours: Tensor, stock: Tensor, exact: Tensor, dtype: torch.dtype, k: float = K) -> None:
+    """Raise AssertionError, naming what `name` is, unless `three_way` holds."""
+    result = three_way(ours, stock, exact, dtype, k)
+    assert result.ok, f"{name} ({dtype}): {result}"
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    """||ours - exact|| / ||exact|| in float64; 0 for two zeros."""
+    exact = exact.detach().double()
+    error = (ours.detach().to(exact) - exact).norm().item()
+    norm = exact.norm().item()
+    return error / norm if norm else float("inf") if error else 0.0

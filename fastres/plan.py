@@ -1,0 +1,64 @@
+"""Which launcher runs each kernel of a fused unit: the one place where that is decided.
+
+A plan is a namespace `k` with one launcher per kernel name; the bodies in `fastres.functional` read `k.conv1x1(...)` and
+know nothing of backends.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import SimpleNamespace
+
+import torch
+
+from . import backends
+
+ENVIRONMENT_VARIABLE = "FASTRES_BACKEND"
+
+
+def requested(backend: str) -> str:
+    """The backend to use: FASTRES_BACKEND where it is set, else `backend`. ValueError when it names none."""
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or backend
+    backends.check_name(name)
+    return name
+
+
+def resolve(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> SimpleNamespace:
+    """The launchers for activations of this dtype and device.
+
+    Raises RuntimeError when an explicitly requested backend cannot run there; "auto" takes the next best.
+    `origins(...)` tells which namespace each launcher is from.
+    """
+    return _resolve(dtype, device.type, requested(backend))
+
+
+@functools.cache
+def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamespace:
+    modules = [backends.load(namespace) for namespace in _preference(dtype, device_type, backend)]
+    names = backends.load("reference").__all__
+    return SimpleNamespace(
+        **{name: next(getattr(module, name) for module in modules if hasattr(module, name)) for name in names}
+    )
+
+
+def _preference(dtype: torch.dtype, device_type: str, backend: str) -> tuple[str, ...]:
+    """Namespaces in the order in which a kernel is looked for."""
+    if backend == "triton":
+        backends.require("triton")
+        if device_type != "cuda":
+            raise RuntimeError(f"backend='triton' needs CUDA tensors, got {device_type}; move the model or use 'auto'")
+        if dtype == torch.float64:
+            raise RuntimeError("backend='triton' has no float64 kernels; use backend='auto' or 'reference'")
+    # float64 is where numbers are proved: always the definition itself.
+    if backend == "reference" or dtype == torch.float64:
+        return ("reference",)
+    if backend == "triton" or (backend == "auto" and device_type == "cuda" and backends.available()["triton"] is None):
+        return ("triton", "library", "reference")
+    return ("library", "reference")
+
+
+def origins(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> dict[str, str]:
+    """Kernel name -> the namespace whose launcher `resolve` chose."""
+    chosen = vars(resolve(dtype, device, backend))
+    return {name: launcher.__module__.split(".kernels.")[1].split(".")[0] for name, launcher in chosen.items()}

@@ -1,0 +1,68 @@
+"""Building blocks of the library kernels: single ATen operators that are fast on channels_last memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference._common import acc, acc_dtype, rows
+
+
+def nchw(t: Tensor) -> Tensor:
+    """Dense `[N, H, W, C]` as channels_last `[N, C, H, W]`, a view; ATen's operators read it without a copy."""
+    return t.permute(0, 3, 1, 2)
+
+
+def nhwc(t: Tensor) -> Tensor:
+    """`[N, C, H, W]` as dense `[N, H, W, C]`; a view of channels_last memory."""
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale*y + shift per channel in one pass over y `[..., C]`, rounded once to y's dtype.
+
+    Batch norm in eval mode with mean 0, variance 1 and eps 0 is ATen's only fused multiply-add that takes float32
+    vectors beside bfloat16 activations.
+    """
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.batch_norm(rows(y), scale, shift, zero, one, False, 0.0, 0.0, False).view(y.shape)
+
+
+def activation(y: Tensor, bn: Tensor) -> Tensor:
+    """relu(scale*y + shift) in y's dtype."""
+    return affine(y, bn[2], bn[3]).relu_()
+
+
+def masked(g: Tensor, z: Tensor) -> Tensor:
+    """`g` where ~(z <= 0), in one pass."""
+    return torch.ops.aten.threshold_backward(g, z, 0)
+
+
+def bn_sums(g: Tensor, y: Tensor, bn: Tensor) -> Tensor:
+    """sum g and sum g*(y - mean), `[1, 2, C]` in acc, in one read of both."""
+    g, y = rows(g), rows(y)
+    if g.is_cuda:
+        sum_g, centred, _, _ = torch.batch_norm_backward_reduce(g, y, bn[0], bn[1], None, True, False, False)
+        return torch.stack([sum_g, centred]).unsqueeze(0)
+    # With rstd 1, the gradient of a batch norm's weight is the centred sum itself.
+    one = torch.ones_like(bn[0])
+    backward = torch.ops.aten.native_batch_norm_backward
+    _, centred, sum_g = backward(g, y, one, None, None, bn[0], one, True, 0.0, [False, True, True])
+    return torch.stack([sum_g, centred]).unsqueeze(0)
+
+
+def bn_input_grad(g: Tensor, y: Tensor | None, bn: Tensor, grad: Tensor) -> Tensor:
+    """dy = scale*(g + b*y + c) in g's dtype; without y (constant statistics) scale*g."""
+    scale = bn[2]
+    if y is None:
+        return affine(g, scale, torch.zeros_like(scale))
+    return affine(y, scale * grad[2], scale * grad[3]).add_(affine(g, scale, torch.zeros_like(scale)))
+
+
+def matmul_acc(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two matrices, summed and returned in acc."""
+    if a.dtype == acc_dtype(a.dtype):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=acc_dtype(a.dtype))
+    return acc(a) @ acc(b)

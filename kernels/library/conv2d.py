@@ -1,0 +1,55 @@
+"""Spatial convolutions by cuDNN or oneDNN in the activation dtype, statistics in a pass of their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..reference._common import acc
+from ..reference.batch_norm import ChannelStats
+from ..reference.conv2d import Pair
+from ._common import nchw, nhwc
+from .batch_norm import channel_stats
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    with_stats: bool = True,
+) -> tuple[Tensor, ChannelStats | None]:
+    """As the reference."""
+    y = nhwc(F.conv2d(nchw(x), weight, None, stride, padding, dilation, groups))
+    return y, channel_stats(y) if with_stats else None
+
+
+def conv2d_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    input_hw: Pair,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """As the reference."""
+    shape = (dy.shape[0], weight.shape[1] * groups, *input_hw)
+    return nhwc(torch.nn.grad.conv2d_input(shape, weight, nchw(dy), stride, padding, dilation, groups))
+
+
+def conv2d_wgrad(
+    x: Tensor,
+    dy: Tensor,
+    kernel_hw: Pair,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """As the reference, but rounded to the activation dtype on the way, as the library returns it."""
+    shape = (dy.shape[-1], x.shape[-1] // groups, *kernel_hw)
+    return acc(torch.nn.grad.conv2d_weight(nchw(x), shape, nchw(dy), stride, padding, dilation, groups))

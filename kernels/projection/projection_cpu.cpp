@@ -1,0 +1,424 @@
+// The strided 1x1 projection on CPUs: Gram, fprop, wgrad and dgrad as two register-blocked matrix products.
+//
+//   row products     D[m, n] = sum_k A[m, k] B[k, n]   fprop (A = x_s, B = weight^T), dgrad (A = [g | x_s], B = [u; v])
+//   column products  D[i, j] = sum_m A[m, i] B[m, j]   wgrad (A = g, B = x_s), Gram (A = B = x_s - pivot)
+//
+// Both pack their operands into panels, [depth][tile_rows] and [depth][tile_columns], in the accumulation type: gathering
+// the strided pixels, widening bfloat16 and subtracting the pivot cost nothing beside that. One micro-kernel then holds a
+// tile_rows x tile_columns tile in registers over the whole depth.
+//
+// The file is compiled once per instruction set, FASTRES_ISA naming the namespace. Everything but the table is in an
+// unnamed namespace and no standard template is instantiated: the linker would merge weak symbols of the three builds, and
+// an older processor could meet AVX-512 code.
+//
+// Every sum is split by shape alone, never by the number of threads: results have the same bits for any thread count.
+
+#include "projection.h"
+
+#include <cstring>
+#include <new>
+
+namespace fastres::FASTRES_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64, tile_rows = 12;  // 24 of 32 registers hold the tile
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32, tile_rows = 6;  // 12 of 16
+#elif defined(__aarch64__)
+constexpr int vector_bytes = 16, tile_rows = 12;  // 24 of 32
+#else
+constexpr int vector_bytes = 16, tile_rows = 6;  // 12 of 16
+#endif
+constexpr int tile_vectors = 2;
+template <class A>
+constexpr int tile_columns = tile_vectors * vector_bytes / static_cast<int>(sizeof(A));
+
+constexpr int64_t block = 96;           // a multiple of every tile_rows and tile_columns, so that Gram blocks are square
+constexpr int64_t wide_block = 3 * block;  // wgrad's columns per task: packing x_s once serves 96 channels of g
+constexpr int64_t slice = 256;          // rows summed in registers before they are added to memory
+constexpr int64_t packed_bytes = 512 << 10;  // packed rows of one task, to stay in a second-level cache
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Accumulator {
+  using type = T;
+};
+template <>
+struct Accumulator<bfloat16> {
+  using type = float;
+};
+template <class T>
+using accumulator = typename Accumulator<T>::type;
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(bfloat16 value) {
+  uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void narrow(float value, float& result) { result = value; }
+inline void narrow(double value, double& result) { result = value; }
+inline void narrow(float value, bfloat16& result) {  // to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  result.bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+}
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(static_cast<A*>(::operator new(size * sizeof(A), std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator A*() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+template <class F>
+void in_parallel(ParallelFor parallel_for, int64_t tasks, const F& body) {
+  auto call = [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); };
+  if (tasks > 0) parallel_for(tasks, call, const_cast<F*>(&body));
+}
+
+// A matrix whose rows are pixels: all pixels of a dense tensor (stride 1 over n = 1, h = 1) or the strided ones of x.
+template <class T>
+struct Pixels {
+  const T* data;
+  int64_t channels, h, w, stride, out_h, out_w;
+
+  static Pixels strided(const void* x, const Shape& s) {
+    return {static_cast<const T*>(x), s.c, s.h, s.w, s.stride, s.out_h(), s.out_w()};
+  }
+  static Pixels dense(const void* g, const Shape& s) {
+    return {static_cast<const T*>(g), s.k, s.out_h(), s.out_w(), 1, s.out_h(), s.out_w()};
+  }
+  // Pointers to `count` consecutive rows from row `first` on.
+  void rows(int64_t first, int64_t count, const T** pointers) const {
+    int64_t j = first % out_w, i = first / out_w % out_h, n = first / out_w / out_h;
+    for (int64_t row = 0; row < count; ++row) {
+      pointers[row] = data + ((n * h + i * stride) * w + j * stride) * channels;
+      if (++j == out_w) {
+        j = 0;
+        if (++i == out_h) i = 0, ++n;
+      }
+    }
+  }
+};
+
+// panel[depth][width] from `count` rows of `depth` elements; rows past count are zero. Sixteen elements of a row at a time:
+// rows a power of two apart share cache sets, and a line must be used up before the next row evicts it.
+template <int width, class T, class A>
+void pack_rows(const T* const* rows, int64_t count, int64_t depth, A* __restrict panel) {
+  for (int64_t k0 = 0; k0 < depth; k0 += 16) {
+    int64_t k1 = smaller(k0 + 16, depth);
+    for (int64_t row = 0; row < width; ++row) {
+      if (row < count) {
+        const T* source = rows[row];
+        for (int64_t k = k0; k < k1; ++k) panel[k * width + row] = widen(source[k]);
+      } else {
+        for (int64_t k = k0; k < k1; ++k) panel[k * width + row] = 0;
+      }
+    }
+  }
+}
+
+// Panels [depth][width], `stride` elements apart, from columns first .. last of `depth` rows, less shift[column] where shift
+// is not null; columns from last on are zero. Eight rows at a time, for the reason given at pack_rows.
+template <int width, class T, class A>
+void pack_columns(const T* const* rows, int64_t depth, int64_t first, int64_t last, const A* shift, A* __restrict panels,
+                  int64_t stride) {
+  for (int64_t k0 = 0; k0 < depth; k0 += 8) {
+    int64_t k1 = smaller(k0 + 8, depth);
+    A* panel = panels;
+    for (int64_t column = first; column < last; column += width, panel += stride) {
+      int64_t count = last - column;
+      A offset[width];
+      for (int i = 0; i < width; ++i) offset[i] = shift && i < count ? shift[column + i] : A(0);
+      for (int64_t k = k0; k < k1; ++k) {
+        const T* source = rows[k] + column;
+        A* target = panel + k * width;
+        if (count >= width) {
+          for (int i = 0; i < width; ++i) target[i] = widen(source[i]) - offset[i];
+        } else {
+          for (int i = 0; i < width; ++i) target[i] = i < count ? widen(source[i]) - offset[i] : A(0);
+        }
+      }
+    }
+  }
+}
+
+// tile[tile_rows][tile_columns] = a^T b over `depth`, for packed panels a and b.
+template <class A>
+inline void multiply(const A* a, const A* b, int64_t depth, A* __restrict tile) {
+  typedef A Vector __attribute__((vector_size(vector_bytes), may_alias));
+  constexpr int lanes = vector_bytes / sizeof(A);
+  Vector sum[tile_rows][tile_vectors] = {};
+  for (int64_t k = 0; k < depth; ++k, a += tile_rows, b += tile_columns<A>) {
+    Vector right[tile_vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < tile_vectors; ++v) right[v] = *reinterpret_cast<const Vector*>(b + v * lanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < tile_vectors; ++v) sum[i][v] += a[i] * right[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < tile_vectors; ++v) *reinterpret_cast<Vector*>(tile + i * tile_columns<A> + v * lanes) = sum[i][v];
+  }
+}
+
+// Row products: result(first_row, rows, first_column, columns, tile) for every tile of [a0 | a1] b, where b is packed in
+// panels of tile_columns (depth a0.channels + a1->channels) and a1 may be null.
+template <class T, class A, class Result>
+void row_products(const Pixels<T>& a0, const Pixels<T>* a1, int64_t rows, const A* b, int64_t columns,
+                  ParallelFor parallel_for, const Result& result) {
+  constexpr int width = tile_columns<A>;
+  int64_t depth = a0.channels + (a1 ? a1->channels : 0);
+  int64_t fit = packed_bytes / larger(1, depth * static_cast<int64_t>(sizeof(A)) * tile_rows);
+  int64_t task_rows = tile_rows * smaller(larger(1, fit), block / tile_rows);
+  int64_t row_tasks = divide_up(rows, task_rows), panels = divide_up(columns, width);
+  int64_t task_panels = row_tasks < 32 ? smaller(panels, 8) : panels;  // few rows: share out the columns too
+  int64_t column_tasks = divide_up(panels, larger(1, task_panels));
+  in_parallel(parallel_for, row_tasks * column_tasks, [&](int64_t begin, int64_t end) {
+    Buffer<A> packed(task_rows * depth);
+    alignas(64) A tile[tile_rows * width];
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t first = task / column_tasks * task_rows, count = smaller(task_rows, rows - first);
+      for (int64_t row = 0; row < count; row += tile_rows) {
+        const T* pointers[tile_rows];
+        int64_t some = smaller(tile_rows, count - row);
+        a0.rows(first + row, some, pointers);
+        pack_rows<tile_rows>(pointers, some, a0.channels, packed + row * depth);
+        if (!a1) continue;
+        a1->rows(first + row, some, pointers);
+        pack_rows<tile_rows>(pointers, some, a1->channels, packed + row * depth + a0.channels * tile_rows);
+      }
+      int64_t first_panel = task % column_tasks * task_panels;
+      for (int64_t panel = first_panel; panel < smaller(first_panel + task_panels, panels); ++panel) {
+        for (int64_t row = 0; row < count; row += tile_rows) {
+          multiply<A>(packed + row * depth, b + panel * depth * width, depth, tile);
+          int64_t column = panel * width;
+          result(first + row, smaller(tile_rows, count - row), column, smaller(width, columns - column), tile);
+        }
+      }
+    }
+  });
+}
+
+// How column products are shared out: blocks of the result times splits of the rows, about 64 tasks.
+struct Splits {
+  int64_t rows, count;
+  Splits(int64_t all_rows, int64_t blocks) {
+    int64_t wished = larger(1, 64 / blocks);
+    rows = larger(4 * slice, divide_up(divide_up(all_rows, wished), slice) * slice);
+    count = divide_up(all_rows, rows);
+  }
+};
+
+// sums[i, j] of a block: over rows [begin, end), columns i0 .. i1 of a and j0 .. j1 of b; row i starts at sums + i * ld.
+// shift is subtracted from both; totals, where not null, receives b's column sums; upper leaves out tiles below the diagonal.
+template <class T, class A>
+void column_block(const Pixels<T>& a, const Pixels<T>& b, int64_t begin, int64_t end, int64_t i0, int64_t i1, int64_t j0,
+                  int64_t j1, const A* shift, A* sums, int64_t ld, A* totals, bool upper, A* packed_a, A* packed_b) {
+  constexpr int width = tile_columns<A>;
+  const T* pointers[slice];
+  alignas(64) A tile[tile_rows * width];
+  for (int64_t i = i0; i < i1; ++i) {
+    for (int64_t j = j0; j < j1; ++j) sums[i * ld + j] = 0;
+  }
+  for (int64_t j = j0; totals && j < j1; ++j) totals[j] = 0;
+  for (int64_t row = begin; row < end; row += slice) {
+    int64_t depth = smaller(slice, end - row);
+    a.rows(row, depth, pointers);
+    pack_columns<tile_rows>(pointers, depth, i0, i1, shift, packed_a, tile_rows * slice);
+    b.rows(row, depth, pointers);
+    pack_columns<width>(pointers, depth, j0, j1, shift, packed_b, width * slice);
+    for (int64_t j = j0; totals && j < j1; j += width) {
+      A sum[width] = {};
+      const A* panel = packed_b + (j - j0) * slice;
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int c = 0; c < width; ++c) sum[c] += panel[k * width + c];
+      }
+      for (int64_t c = 0; c < smaller(width, j1 - j); ++c) totals[j + c] += sum[c];
+    }
+    for (int64_t j = j0; j < j1; j += width) {
+      for (int64_t i = i0; i < i1; i += tile_rows) {
+        if (upper && j + width <= i) continue;
+        multiply<A>(packed_a + (i - i0) * slice, packed_b + (j - j0) * slice, depth, tile);
+        int64_t columns = smaller(width, j1 - j);
+        for (int64_t r = 0; r < smaller(tile_rows, i1 - i); ++r) {
+          A* out = sums + (i + r) * ld + j;
+          for (int64_t c = 0; c < columns; ++c) out[c] += tile[r * width + c];
+        }
+      }
+    }
+  }
+}
+
+// result[i] = sum of parts[split][i], in the order of the splits.
+template <class A>
+void combine(const A* parts, int64_t splits, int64_t size, A* result, ParallelFor parallel_for) {
+  constexpr int64_t piece = 4096;
+  in_parallel(parallel_for, divide_up(size, piece), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * piece; i < smaller(end * piece, size); ++i) {
+      A sum = 0;
+      for (int64_t split = 0; split < splits; ++split) sum += parts[split * size + i];
+      result[i] = sum;
+    }
+  });
+}
+
+template <class T>
+void gram(const Shape& s, const void* x, void* gram_out, void* total_out, void* pivot_out, ParallelFor parallel_for) {
+  using A = accumulator<T>;
+  A *gram = static_cast<A*>(gram_out), *total = static_cast<A*>(total_out), *pivot = static_cast<A*>(pivot_out);
+  auto pixels = Pixels<T>::strided(x, s);
+  int64_t rows = s.rows(), c = s.c;
+  const T* leading[64];
+  int64_t count = smaller(64, rows);
+  pixels.rows(0, count, leading);
+  for (int64_t i = 0; i < c; ++i) {
+    double sum = 0;
+    for (int64_t row = 0; row < count; ++row) sum += widen(leading[row][i]);
+    pivot[i] = static_cast<A>(count ? sum / static_cast<double>(count) : 0);
+  }
+  int64_t blocks = divide_up(c, block), pairs = blocks * (blocks + 1) / 2;
+  Splits splits(rows, larger(1, pairs));
+  Buffer<A> parts(splits.count > 1 ? splits.count * c * c : 0), totals(splits.count * c);
+  in_parallel(parallel_for, splits.count * pairs, [&](int64_t begin, int64_t end) {
+    Buffer<A> packed_a(slice * block), packed_b(slice * block);
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t split = task / pairs, i = 0, j = task % pairs;
+      while (j >= blocks - i) j -= blocks - i, ++i;  // pairs with j >= i, row by row
+      j += i;
+      int64_t first = split * splits.rows;
+      column_block<T, A>(pixels, pixels, first, smaller(first + splits.rows, rows), i * block, smaller((i + 1) * block, c),
+                         j * block, smaller((j + 1) * block, c), pivot, splits.count > 1 ? parts + split * c * c : gram, c,
+                         i == j ? totals + split * c : nullptr, i == j, packed_a, packed_b);
+    }
+  });
+  if (splits.count != 1) combine<A>(parts, splits.count, c * c, gram, parallel_for);
+  combine<A>(totals, splits.count, c, total, parallel_for);
+  in_parallel(parallel_for, blocks, [&](int64_t begin, int64_t end) {  // mirror, block by block to stay in cache
+    for (int64_t i0 = begin * block; i0 < smaller(end * block, c); i0 += block) {
+      for (int64_t j0 = 0; j0 <= i0; j0 += block) {
+        for (int64_t i = i0; i < smaller(i0 + block, c); ++i) {
+          for (int64_t j = j0; j < smaller(j0 + block, i); ++j) gram[i * c + j] = gram[j * c + i];
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void fprop(const Shape& s, const void* x, const void* weight, const void* bn, void* out_, ParallelFor parallel_for) {
+  using A = accumulator<T>;
+  constexpr int width = tile_columns<A>;
+  const T* w = static_cast<const T*>(weight);
+  T* out = static_cast<T*>(out_);
+  const A *scale = static_cast<const A*>(bn) + 2 * s.k, *shift = scale + s.k;
+  Buffer<A> packed(divide_up(s.k, width) * width * s.c);
+  in_parallel(parallel_for, divide_up(s.k, width), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const T* rows[width];
+      int64_t count = smaller(width, s.k - panel * width);
+      for (int64_t i = 0; i < count; ++i) rows[i] = w + (panel * width + i) * s.c;
+      pack_rows<width>(rows, count, s.c, packed + panel * width * s.c);
+    }
+  });
+  row_products<T, A>(Pixels<T>::strided(x, s), nullptr, s.rows(), packed, s.k, parallel_for,
+                     [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const A* tile) {
+                       for (int64_t r = 0; r < rows; ++r) {
+                         T* to = out + (row + r) * s.k + column;
+                         for (int64_t c = 0; c < columns; ++c)
+                           narrow(scale[column + c] * tile[r * width + c] + shift[column + c], to[c]);
+                       }
+                     });
+}
+
+template <class T>
+void wgrad(const Shape& s, const void* g, const void* x, void* p_, ParallelFor parallel_for) {
+  using A = accumulator<T>;
+  A* p = static_cast<A*>(p_);
+  auto a = Pixels<T>::dense(g, s), b = Pixels<T>::strided(x, s);
+  int64_t down = divide_up(s.k, block), across = divide_up(s.c, wide_block), size = s.k * s.c;
+  Splits splits(s.rows(), larger(1, down * across));
+  Buffer<A> parts(splits.count > 1 ? splits.count * size : 0);
+  in_parallel(parallel_for, splits.count * down * across, [&](int64_t begin, int64_t end) {
+    Buffer<A> packed_a(slice * block), packed_b(slice * wide_block);
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t split = task / (down * across), i = task / across % down * block, j = task % across * wide_block;
+      int64_t first = split * splits.rows;
+      column_block<T, A>(a, b, first, smaller(first + splits.rows, s.rows()), i, smaller(i + block, s.k), j,
+                         smaller(j + wide_block, s.c), nullptr, splits.count > 1 ? parts + split * size : p, s.c, nullptr,
+                         false, packed_a, packed_b);
+    }
+  });
+  if (splits.count != 1) combine<A>(parts, splits.count, size, p, parallel_for);
+}
+
+template <class T>
+void dgrad(const Shape& s, void* dx_, const void* g, const void* x, const void* u, const void* v, const void* k,
+           ParallelFor parallel_for) {
+  using A = accumulator<T>;
+  constexpr int width = tile_columns<A>;
+  const A* bias = static_cast<const A*>(k);
+  auto from = Pixels<T>::strided(x, s), to = Pixels<T>::strided(dx_, s);
+  int64_t depth = s.k + (v ? s.c : 0);
+  Buffer<A> packed(divide_up(s.c, width) * width * depth);
+  in_parallel(parallel_for, divide_up(s.c, width), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      A* target = packed + panel * width * depth;
+      for (int64_t i = 0; i < depth; ++i, target += width) {
+        const T* row = i < s.k ? static_cast<const T*>(u) + i * s.c : static_cast<const T*>(v) + (i - s.k) * s.c;
+        pack_columns<width, T, A>(&row, 1, panel * width, smaller((panel + 1) * width, s.c), nullptr, target, 0);
+      }
+    }
+  });
+  row_products<T, A>(Pixels<T>::dense(g, s), v ? &from : nullptr, s.rows(), packed, s.c, parallel_for,
+                     [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const A* tile) {
+                       const T* pointers[tile_rows];
+                       to.rows(row, rows, pointers);
+                       for (int64_t r = 0; r < rows; ++r) {
+                         T* pixel = const_cast<T*>(pointers[r]) + column;
+                         for (int64_t c = 0; c < columns; ++c) {
+                           A sum = tile[r * width + c] + (bias ? bias[column + c] : A(0));
+                           narrow(widen(pixel[c]) + sum, pixel[c]);
+                         }
+                       }
+                     });
+}
+
+#define FASTRES_BY_DTYPE(name)                                         \
+  [](Dtype dtype, const Shape& shape, auto... arguments) {             \
+    switch (dtype) {                                                   \
+      case Dtype::float32: return name<float>(shape, arguments...);    \
+      case Dtype::float64: return name<double>(shape, arguments...);   \
+      case Dtype::bfloat16: return name<bfloat16>(shape, arguments...); \
+    }                                                                  \
+  }
+
+}  // namespace
+
+const CpuKernels kernels = {FASTRES_BY_DTYPE(gram), FASTRES_BY_DTYPE(fprop), FASTRES_BY_DTYPE(wgrad),
+                            FASTRES_BY_DTYPE(dgrad)};
+
+}  // namespace fastres::FASTRES_ISA

@@ -1,0 +1,103 @@
+"""Shared by the Triton kernels: the part that a tensor lives on, argument checks, and small device functions.
+
+A "part" is a compute capability written as one number (80, 90, 100). Each kernel file keeps its configurations in
+`CONFIGS[part]`; a GPU of another capability uses the newest part that it is not older than.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether kernels decorated in this process run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the kernels take as activations."""
+
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+"""SMs of the largest GPU of each part (A100, H200, B200): fixed, so that the order of sums is too."""
+
+
+PART_WITHOUT_GPU = 90
+"""The part whose configurations serve tensors that are on no GPU: interpreted ones, and those of the meta device, whose
+launches `fastres.static_checks` records to compile them for each part in turn."""
+
+
+@functools.cache
+def _part_of_gpu(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    older = [part for part in MULTIPROCESSORS if part <= 10 * major + minor]
+    if not older:
+        raise ValueError(
+            f"cuda:{index} has compute capability {major}.{minor}, the Triton kernels need 8.0: use backend='library'"
+        )
+    return max(older)
+
+
+def part_of(device: torch.device) -> int:
+    """The part whose configurations a tensor on `device` uses."""
+    return _part_of_gpu(device.index) if device.type == "cuda" else PART_WITHOUT_GPU
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensors' own."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def check_activations(kernel: str, **activations: Tensor | None) -> None:
+    """Raise unless those given are alike: one shape, one device that the kernels run on, dense, a dtype they take."""
+    like_name, like = next((name, t) for name, t in activations.items() if t is not None)
+    if like.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(f"{kernel}: {like_name} is on {like.device}, Triton kernels need CUDA: use backend='library'")
+    for name, t in activations.items():
+        if t is None:
+            continue
+        if t.dtype not in DTYPES:
+            raise TypeError(
+                f"{kernel}: {name} is {t.dtype}, the Triton kernels take float32, float16 and bfloat16: "
+                "use backend='reference'"
+            )
+        if t.shape != like.shape:
+            raise ValueError(
+                f"{kernel}: {name} has shape {tuple(t.shape)}, must have {like_name}'s, {tuple(like.shape)}"
+            )
+        if t.device != like.device:
+            raise ValueError(f"{kernel}: {name} must be on {like_name}'s device {like.device}, is on {t.device}")
+        if not t.is_contiguous():
+            raise ValueError(
+                f"{kernel}: {name} must be dense [N, H, W, C], has shape {tuple(t.shape)} and strides {t.stride()}: "
+                f"pass {name}.contiguous()"
+            )
+
+
+def check_vectors(kernel: str, like: Tensor, **vectors: Tensor | None) -> None:
+    """Raise unless those given are dense float32 `[4, C]` on the device of `like`, whose last dimension is C."""
+    shape = (4, like.shape[-1])
+    for name, t in vectors.items():
+        if t is None:
+            continue
+        if t.dtype != torch.float32 or t.shape != shape or t.device != like.device or not t.is_contiguous():
+            raise ValueError(
+                f"{kernel}: {name} must be dense float32 [4, {shape[1]}] on {like.device}, "
+                f"is {t.dtype} {tuple(t.shape)} on {t.device} with strides {t.stride()}"
+            )
+
+
+@triton.jit
+def channel_vector(vectors, ROW: tl.constexpr, c, C):
+    """Row ROW of per-channel vectors `[4, C]` at channels c, as `[1, CHANNELS]`; zero past C."""
+    return tl.load(vectors + ROW * C + c, mask=c < C, other=0.0)[None, :]
+
+
+@triton.jit
+def relu(z):
+    """max(z, 0) that keeps NaN, as PyTorch's."""
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)

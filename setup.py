@@ -1,0 +1,188 @@
+"""Packages, and the projection extension built by CMake and Ninja where this machine can.
+
+Without torch (pip's build isolation hides it), CMake, Ninja or a C++ compiler the package installs without the
+extension. Either way the outcome is written to `kernels/projection/_build.json`, where `fastres info` reads it.
+
+Environment: FASTRES_BUILD_EXT=1 makes a failed build an error, 0 skips the build; CXX names the compiler; MAX_JOBS the
+parallel compile jobs.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD_FOLDER = ROOT / "build" / "projection"  # kept between builds: an editable install recompiles what changed
+OUTCOME = "_build.json"
+MINIMUM_TORCH = (2, 11)  # the first release with the stable ABI that the sources are written for
+GIB_PER_JOB = 2  # peak of one compiler process on torch's headers, rounded up
+
+
+class CannotBuild(Exception):
+    """The extension cannot be built; the message is the reason that users read."""
+
+
+def find_tool(name: str) -> str:
+    """Path of a build tool on PATH or beside the running Python, which need not be an activated environment."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    tool = shutil.which(name, path=path)
+    if tool is None:
+        raise CannotBuild(f"{name} was not found: pip install {name}")
+    return tool
+
+
+def find_compiler() -> str | None:
+    """The compiler that CXX names, None where CMake may choose one itself."""
+    named = os.environ.get("CXX")
+    if named:
+        if shutil.which(named.split()[0]) is None:
+            raise CannotBuild(f"the C++ compiler CXX={named} was not found")
+        return named
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise CannotBuild("no C++ compiler was found: install gcc or clang, or set CXX")
+    return None
+
+
+def find_torch() -> tuple[str, str]:
+    """Folder and version of the installed torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise CannotBuild("torch is not visible to the build: install it first, then use pip install --no-build-isolation")
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
+        raise CannotBuild(f"torch {version} is too old: the extension needs {'.'.join(map(str, MINIMUM_TORCH))}")
+    return spec.submodule_search_locations[0], version
+
+
+def jobs() -> int:
+    """Compile jobs: MAX_JOBS, else the cores this process may use, fewer where free memory is short."""
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+    except (OSError, StopIteration):
+        return cores
+    return max(1, min(cores, int(available / GIB_PER_JOB)))
+
+
+def run_tool(step: str, command: list[str]) -> None:
+    """Run one build step; its output goes to our stderr only when it fails, as pip shows both as one stream."""
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        errors = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
+        raise CannotBuild(f"{step} failed: {errors[0] if errors else f'exit status {done.returncode}'}")
+
+
+def compile_library() -> dict:
+    """Configure and build; returns what CMake wrote about the library (path, compiler, torch, cuda_architectures)."""
+    torch_folder, torch_version = find_torch()
+    cmake, ninja, compiler = find_tool("cmake"), find_tool("ninja"), find_compiler()
+    # CMake keeps the first compiler and torch it saw: start afresh when either changed.
+    key = json.dumps([compiler, torch_folder, torch_version])
+    key_file = BUILD_FOLDER / "key.json"
+    if BUILD_FOLDER.exists() and (not key_file.exists() or key_file.read_text() != key):
+        shutil.rmtree(BUILD_FOLDER)
+    BUILD_FOLDER.mkdir(parents=True, exist_ok=True)
+    key_file.write_text(key)
+    configure = [cmake, "-S", str(ROOT), "-B", str(BUILD_FOLDER), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    run_tool("CMake's configuration", [*configure, f"-DPython_EXECUTABLE={sys.executable}"])
+    run_tool("compilation", [cmake, "--build", str(BUILD_FOLDER), "--parallel", str(jobs())])
+    return json.loads((BUILD_FOLDER / "fastres_projection.json").read_text())
+
+
+@functools.cache  # a wheel runs build_ext twice
+def build_projection() -> tuple[dict, Path | None]:
+    """Build the extension once per process: the outcome as it goes into OUTCOME, and the library's path or None."""
+    outcome = {"built": False, "reason": None, "library": None, "compiler": None, "torch": None, "cuda_architectures": []}
+    wish = os.environ.get("FASTRES_BUILD_EXT", "")
+    library = None
+    try:
+        if wish not in ("", "0", "1"):
+            raise SystemExit(f"FASTRES_BUILD_EXT must be 0, 1 or unset, is {wish!r}")
+        if wish == "0":
+            raise CannotBuild("FASTRES_BUILD_EXT=0 was set")
+        made = compile_library()
+        library = Path(made.pop("library"))
+        outcome |= made | {"built": True, "library": library.name}
+    except CannotBuild as error:
+        outcome["reason"] = str(error)
+    print_summary(outcome)
+    if wish == "1" and not outcome["built"]:
+        raise SystemExit(f"FASTRES_BUILD_EXT=1, but the projection extension was not built: {outcome['reason']}")
+    return outcome, library
+
+
+def print_summary(outcome: dict) -> None:
+    """One block on stderr (pip shows it with -v)."""
+    cuda = ", ".join(outcome["cuda_architectures"]) or "no"
+    rows = [("projection extension", "built" if outcome["built"] else "not built")]
+    if outcome["built"]:
+        rows += [("compiler", outcome["compiler"]), ("torch", outcome["torch"]), ("jobs", jobs()), ("CUDA", cuda)]
+    else:
+        rows += [("reason", outcome["reason"]), ("consequence", "fastres runs without it; the other backends serve")]
+    print("\n".join(["", "fastres"] + [f"  {name:<21} {value}" for name, value in rows] + [""]), file=sys.stderr)
+
+
+class BuildExtension(build_ext):
+    """build_ext that asks CMake, and delivers the library and OUTCOME into the package."""
+
+    def folder(self) -> Path:
+        in_place = self.inplace or self.editable_mode
+        return ROOT / "kernels" / "projection" if in_place else Path(self.build_lib, "fastres", "kernels", "projection")
+
+    def run(self) -> None:
+        outcome, library = build_projection()
+        folder = self.folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("libfastres_projection.*"):
+            stale.unlink()  # also so that a process that has the old library mapped keeps its own copy
+        if library is not None:
+            shutil.copy2(library, folder)
+        (folder / OUTCOME).write_text(json.dumps(outcome, indent=2) + "\n")
+
+    def get_outputs(self) -> list[str]:
+        outcome, _ = build_projection()
+        names = [OUTCOME] + ([outcome["library"]] if outcome["built"] else [])
+        return [str(self.folder() / name) for name in names]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class BuildWheel(bdist_wheel):
+    """A wheel is for this platform only when it holds the library, and for any Python 3: the library has no Python ABI."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        if not build_projection()[0]["built"]:
+            self.distribution.ext_modules = None
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    package_dir={"fastres.kernels": "kernels"},
+    packages=[
+        *find_packages(include=["fastres", "fastres.*"]),
+        "fastres.kernels",
+        *(f"fastres.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    ext_modules=[Extension("fastres.kernels.projection.libfastres_projection", sources=[])],
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": BuildWheel},
+)

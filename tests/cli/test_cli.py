@@ -1,0 +1,84 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastres.cli import main
+
+
+def run(capsys, *arguments):
+    try:
+        code = main(list(arguments))
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", ["info", "explain", "train", "verify"])
+def test_every_command_has_help_with_examples(command, capsys):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"  python -m fastres {command}" in out.partition("examples:")[2]
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and command in out
+
+
+def test_info_names_every_backend_and_why_not(capsys):
+    code, out, _ = run(capsys, "info", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert {"reference", "library", "triton", "projection"} <= set(facts["backends"])
+    assert facts["backends"]["reference"] is None
+    assert facts["versions"]["torch"] and facts["devices"]["cpu"]
+    assert facts["extension"]["available"] == facts["backends"]["projection"]
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    for name, reason in facts["backends"].items():
+        assert name in out and (reason is None or reason.split()[0] in out)
+
+
+def test_explain_names_the_blocks_of_a_model(capsys):
+    code, out, err = run(capsys, "explain", "cifar_resnet11_bottleneck")
+    assert code == 0, err
+    assert all(name in out for name in ("layer1.0", "layer2.0", "layer3.0"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["COMMAND"]),
+        (["explode"], ["explode", "explain"]),
+        (["explain"], ["MODEL"]),
+        (["explain", "resnet5"], ["argument MODEL", "did you mean", "resnet50"]),
+        (["explain", "resnet18", "--input", "8,3,224"], ["argument --input", "8,3,224,224"]),
+        (["explain", "resnet18", "--input", "8,0,9,9"], ["argument --input", "8,0,9,9"]),
+        (["info", "--loud"], ["--loud"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(arguments, parts, capsys):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and not out
+    assert err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+
+
+def test_help_comes_without_torch():
+    script = """
+import sys, fastres.cli
+try:
+    fastres.cli.main(["train", "--help"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--resume" in done.stdout
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "fastres", "train", "--epochs", "-3"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("python -m fastres train: error: argument --epochs: '-3'")

@@ -1,0 +1,25 @@
+"""Where there is no CUDA, Triton's kernels run in its interpreter, which must be said before triton is imported."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """`compiled(family)`: the static figures of every case of a family on every part, made once."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from fastres import static_checks
+
+    made = {}
+
+    def get(family: str):
+        if family not in made:
+            made[family] = static_checks.figures(static_checks.requests(family))
+        return made[family]
+
+    return get

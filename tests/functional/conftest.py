@@ -1,0 +1,218 @@
+"""One small network per fused unit, able to run its stock composition and the fused function on the same parameters."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastres import functional as fused
+from fastres.functional import BatchNormParams
+
+
+def params(bn: nn.BatchNorm2d) -> BatchNormParams:
+    """What torch.nn.BatchNorm2d.forward hands to F.batch_norm, as the fused units take it."""
+    update = bn.training and bn.track_running_stats
+    batch_stats = bn.training or bn.running_mean is None
+    keep = update or not batch_stats
+    return BatchNormParams(
+        bn.weight,
+        bn.bias,
+        bn.running_mean if keep else None,
+        bn.running_var if keep else None,
+        bn.num_batches_tracked if update else None,
+        batch_stats,
+        bn.momentum,
+        bn.eps,
+    )
+
+
+class Unit(nn.Module):
+    """Convolutions and their batch norms in order; `stock` and `fused` compute the same from them."""
+
+    def __init__(self, convs: list[nn.Conv2d], **bn_options):
+        super().__init__()
+        self.convs = nn.ModuleList(convs)
+        self.bns = nn.ModuleList(nn.BatchNorm2d(conv.out_channels, **bn_options) for conv in convs)
+        for bn in self.bns:
+            if bn.affine:
+                nn.init.uniform_(bn.weight, 0.5, 1.5)
+                nn.init.normal_(bn.bias)
+            if bn.track_running_stats:
+                nn.init.normal_(bn.running_mean)
+                nn.init.uniform_(bn.running_var, 0.5, 2.0)
+
+    def weights_and_bns(self, count: int) -> list:
+        return [item for conv, bn in zip(self.convs[:count], self.bns) for item in (conv.weight, params(bn))]
+
+
+class Bottleneck(Unit):
+    size = (2, 7, 7)
+
+    def __init__(self, stride=1, projection=False, stride_on_1x1=False, groups=1, dilation=1, cin=16, scale=1, **bn_options):
+        cin, width, cout = cin * scale, 4 * scale, 16 * scale
+        first, second = (stride, 1) if stride_on_1x1 else (1, stride)
+        convs = [
+            nn.Conv2d(cin, width, 1, first, bias=False),
+            nn.Conv2d(width, width, 3, second, dilation, dilation, groups, bias=False),
+            nn.Conv2d(width, cout, 1, bias=False),
+        ]
+        if projection:
+            convs.append(nn.Conv2d(cin, cout, 1, stride, bias=False))
+        super().__init__(convs, **bn_options)
+        self.options = {"stride": stride, "stride_on_1x1": stride_on_1x1, "groups": groups, "dilation": dilation}
+
+    def stock(self, x, shortcut=None):
+        z = F.relu(self.bns[0](self.convs[0](x)))
+        z = F.relu(self.bns[1](self.convs[1](z)))
+        z = self.bns[2](self.convs[2](z))
+        if len(self.convs) == 4:
+            shortcut = self.bns[3](self.convs[3](x))
+        z += x if shortcut is None else shortcut  # in place, as torchvision: under autocast the sum stays bfloat16
+        return F.relu(z)
+
+    def fused(self, x, shortcut=None, backend="auto"):
+        projection = (self.convs[3].weight, params(self.bns[3])) if len(self.convs) == 4 else None
+        kw = {"projection": projection, "shortcut": shortcut, "backend": backend}
+        return fused.bottleneck(x, *self.weights_and_bns(3), **kw, **self.options)
+
+
+class BasicBlock(Unit):
+    size = (2, 7, 7)
+
+    def __init__(self, stride=1, projection=False, cin=6, scale=1, **bn_options):
+        cin, width = cin * scale, 6 * scale
+        convs = [nn.Conv2d(cin, width, 3, stride, 1, bias=False), nn.Conv2d(width, width, 3, 1, 1, bias=False)]
+        if projection:
+            convs.append(nn.Conv2d(cin, width, 1, stride, bias=False))
+        super().__init__(convs, **bn_options)
+        self.stride = stride
+
+    def stock(self, x, shortcut=None):
+        z = F.relu(self.bns[0](self.convs[0](x)))
+        z = self.bns[1](self.convs[1](z))
+        if len(self.convs) == 3:
+            shortcut = self.bns[2](self.convs[2](x))
+        z += x if shortcut is None else shortcut  # in place, as torchvision: under autocast the sum stays bfloat16
+        return F.relu(z)
+
+    def fused(self, x, shortcut=None, backend="auto"):
+        projection = (self.convs[2].weight, params(self.bns[2])) if len(self.convs) == 3 else None
+        kw = {"projection": projection, "shortcut": shortcut, "stride": self.stride, "backend": backend}
+        return fused.basic_block(x, *self.weights_and_bns(2), **kw)
+
+
+class ConvBNReLU(Unit):
+    size = (2, 7, 5)
+
+    def __init__(self, kernel=3, stride=1, padding=1, dilation=1, groups=1, relu=True, scale=1, **bn_options):
+        conv = nn.Conv2d(6 * scale, 4 * scale, kernel, stride, padding, dilation, groups, bias=False)
+        super().__init__([conv], **bn_options)
+        self.relu = relu
+
+    def stock(self, x):
+        z = self.bns[0](self.convs[0](x))
+        return F.relu(z) if self.relu else z
+
+    def fused(self, x, backend="auto"):
+        conv = self.convs[0]
+        options = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
+        return fused.conv_bn_relu(x, *self.weights_and_bns(1), relu=self.relu, backend=backend, **options)
+
+
+class Stem(Unit):
+    size = (2, 15, 14)
+
+    def __init__(self, scale=1, **bn_options):
+        super().__init__([nn.Conv2d(3, 5 * scale, 7, 2, 3, bias=False)], **bn_options)
+
+    def stock(self, x):
+        return F.max_pool2d(F.relu(self.bns[0](self.convs[0](x))), 3, 2, 1)
+
+    def fused(self, x, backend="auto"):
+        return fused.stem(x, *self.weights_and_bns(1), backend=backend)
+
+
+class Projection(Unit):
+    size = (3, 7, 8)
+
+    def __init__(self, stride=2, scale=1, **bn_options):
+        super().__init__([nn.Conv2d(5 * scale, 7 * scale, 1, stride, bias=False)], **bn_options)
+        self.stride = stride
+
+    def stock(self, x):
+        return self.bns[0](self.convs[0](x))
+
+    def fused(self, x, backend="auto"):
+        return fused.projection(x, *self.weights_and_bns(1), stride=self.stride, backend=backend)
+
+
+UNITS = {
+    "bottleneck": (Bottleneck, {}),
+    "bottleneck-projection": (Bottleneck, {"projection": True, "cin": 6}),
+    "bottleneck-projection-stride2": (Bottleneck, {"projection": True, "stride": 2, "cin": 6}),
+    "bottleneck-stride-on-1x1": (Bottleneck, {"projection": True, "stride": 2, "stride_on_1x1": True}),
+    "bottleneck-grouped": (Bottleneck, {"groups": 2}),
+    "bottleneck-dilated": (Bottleneck, {"dilation": 2, "projection": True}),
+    "basic": (BasicBlock, {}),
+    "basic-projection": (BasicBlock, {"projection": True, "cin": 5}),
+    "basic-projection-stride2": (BasicBlock, {"projection": True, "stride": 2, "cin": 5}),
+    "conv3x3-bn-relu": (ConvBNReLU, {}),
+    "conv3x3-bn": (ConvBNReLU, {"relu": False, "stride": 2}),
+    "conv1x1-bn-relu": (ConvBNReLU, {"kernel": 1, "padding": 0, "stride": 2}),
+    "conv5x3-grouped-dilated": (ConvBNReLU, {"kernel": (5, 3), "padding": (4, 1), "dilation": (2, 1), "groups": 2}),
+    "stem": (Stem, {}),
+    "projection": (Projection, {}),
+    "projection-stride1": (Projection, {"stride": 1}),
+}
+
+
+@pytest.fixture(params=UNITS)
+def unit_name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_unit():
+    """Build a unit of `UNITS` by name, its channels multiplied by `scale`, and a channels_last input for it."""
+
+    def make(name: str, dtype=torch.float64, seed=0, size=None, **options):
+        torch.manual_seed(seed)
+        cls, own_options = UNITS[name]
+        unit = cls(**own_options, **options).to(dtype)
+        n, h, w = size or cls.size
+        x = torch.randn(n, unit.convs[0].in_channels, h, w, dtype=torch.float64)
+        return unit, x.to(dtype, memory_format=torch.channels_last)
+
+    return make
+
+
+@pytest.fixture
+def run_both():
+    """Run stock and fused on copies of a unit; return for each the output, gradients by name and state_dict."""
+
+    def run(unit, x, shortcut=None, x_grad=True, backend="auto"):
+        results = []
+        g = None
+        for method in ("stock", "fused"):
+            own = copy.deepcopy(unit)
+            inputs = [x.clone().requires_grad_(x_grad)]
+            if shortcut is not None:
+                inputs.append(shortcut.clone().requires_grad_())
+            kw = {"backend": backend} if method == "fused" else {}
+            out = getattr(own, method)(*inputs, **kw)
+            leaves = {f"input {i}": t for i, t in enumerate(inputs) if t.requires_grad}
+            leaves |= {name: p for name, p in own.named_parameters() if p.requires_grad}
+            if g is None:
+                g = torch.randn(out.shape, dtype=torch.float64).to(out.dtype, memory_format=torch.channels_last)
+            grads = {}
+            if leaves:
+                found = torch.autograd.grad(out, list(leaves.values()), g, allow_unused=True)
+                grads = dict(zip(leaves, found))
+            results.append((out.detach(), grads, own.state_dict()))
+        return results
+
+    return run

@@ -1,0 +1,109 @@
+"""torch.compile sees one operator per unit and direction, in one graph."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+
+from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stem, ZeroPadShortcut, projection_shortcut
+
+torch.set_num_threads(2)
+
+MODULES = {
+    "basic_block": lambda: BasicBlock(4, 6, 2, ZeroPadShortcut(4, 6, 2)),
+    "bottleneck": lambda: Bottleneck(4, 2, 2, projection_shortcut(4, 8, 2)),
+    "conv_bn_relu": lambda: ConvBNReLU2d(4, 6),
+    "stem": lambda: Stem(4, 6),
+}
+
+
+class Graphs:
+    """An aot_autograd backend that keeps the graphs which it is given and runs them as they are."""
+
+    def __init__(self):
+        torch._dynamo.reset()
+        self.forward, self.backward = [], []
+        self.backend = aot_autograd(fw_compiler=self.keep(self.forward), bw_compiler=self.keep(self.backward))
+
+    @staticmethod
+    def keep(graphs):
+        def compiler(graph, inputs):
+            graphs.append(graph)
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    @staticmethod
+    def fused_operators(graph) -> collections.Counter:
+        """Names of the fastres operators that the graph calls, also through the wrapper for mutated arguments."""
+        operators = [op for node in graph.graph.nodes for op in (node.target, *node.args[:1])]
+        return collections.Counter(
+            op._opname for op in operators if isinstance(op, torch._ops.OpOverload) and op.namespace == "fastres"
+        )
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("unit", MODULES)
+def test_the_fused_operators_are_in_one_graph(unit, training, stock_twin, run, assert_equal_in_float64):
+    torch.manual_seed(0)
+    module = MODULES[unit]().double().train(training)
+    x = torch.randn(3, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    stock = stock_twin(module)
+    graphs = Graphs()
+    module.compile(backend=graphs.backend, fullgraph=True)
+    assert_equal_in_float64(run(module, x), run(stock, x))
+    assert len(graphs.forward) == len(graphs.backward) == 1
+    forward, backward = (graphs.fused_operators(side[0]) for side in (graphs.forward, graphs.backward))
+    assert forward == {f"{unit}_{'train' if training else 'const'}": 1}
+    assert backward == {f"{unit}_bwd": 1}
+
+
+def test_changes_after_compilation_are_noticed(stock_twin, run, assert_equal_in_float64):
+    torch.manual_seed(0)
+    module = MODULES["bottleneck"]().double()
+    x = torch.randn(3, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    stock = stock_twin(module)
+    graphs = Graphs()
+    module.compile(backend=graphs.backend, fullgraph=True)
+    expected = []
+    for change in (
+        lambda block: None,
+        lambda block: block.bn2.eval(),
+        lambda block: block.conv1.weight.requires_grad_(False),
+        lambda block: nn.utils.parametrizations.weight_norm(block.conv3),
+    ):
+        change(module)
+        change(stock)
+        module.zero_grad()
+        stock.zero_grad()
+        assert_equal_in_float64(run(module, x), run(stock, x))
+        expected.append(graphs.fused_operators(graphs.forward[-1]))
+    assert expected == [{"bottleneck_train": 1}] * 3 + [{}]
+
+
+def test_a_block_that_cannot_be_fused_compiles_in_one_graph(stock_twin, run, assert_equal_in_float64):
+    module = Bottleneck(8, 2, norm_layer=lambda channels: nn.GroupNorm(2, channels)).double()
+    x = torch.randn(3, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    stock = stock_twin(module)
+    graphs = Graphs()
+    module.compile(backend=graphs.backend, fullgraph=True)
+    assert_equal_in_float64(run(module, x), run(stock, x))
+    assert graphs.fused_operators(graphs.forward[0]) == {}
+
+
+def test_a_dynamic_batch_needs_no_graph_per_size(stock_twin, run, assert_equal_in_float64):
+    module = MODULES["bottleneck"]().double()
+    stock = stock_twin(module)
+    graphs = Graphs()
+    module.compile(backend=graphs.backend, fullgraph=True)
+    for batch in (4, 6, 7, 9, 5):
+        module.zero_grad()
+        stock.zero_grad()
+        x = torch.randn(batch, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+        assert_equal_in_float64(run(module, x), run(stock, x))
+    assert len(graphs.forward) == 2

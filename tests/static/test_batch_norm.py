@@ -1,0 +1,81 @@
+"""Static figures of the batch norm kernels, for GPUs that are not there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastres import static_checks
+from fastres.static_checks import PARTS, SHARED_LIMIT, Request
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+HEAVIEST = [
+    "bn_act, shortcut projected, ReLU",
+    "bn_bwd_reduce, mask output, two branches",
+    "bn_bwd_apply, mask output, shortcut projected",
+]
+
+
+@pytest.fixture(scope="module", params=PARTS, ids="sm_{}".format)
+def launches(request, compiled):
+    """What was launched and compiled for one part: names and figures."""
+    rows = [(str(wanted), row) for (wanted, part), rows in compiled("batch_norm").items() for row in rows]
+    rows = [(name, row) for name, row in rows if row.part == request.param]
+    assert {row.kernel for _, row in rows} == {"_bn_act_kernel", "_bn_bwd_reduce_kernel", "_bn_bwd_apply_kernel"}
+    assert [f"{name}: {row.error}" for name, row in rows if row.error] == []
+    return rows
+
+
+def test_no_spills_and_no_stack(launches):
+    assert [name for name, row in launches if row.spills or row.stack] == []
+
+
+def test_shared_memory_within_the_limit_of_the_part(launches):
+    assert [name for name, row in launches if row.shared > SHARED_LIMIT[row.part]] == []
+
+
+def test_every_access_to_activations_is_16_bytes_wide(launches):
+    for name, row in launches:
+        # The only narrow accesses are the stores of partial sums, once per program.
+        allowed = {"STG.32", "STG.64"} if row.kernel == "_bn_bwd_reduce_kernel" else set()
+        accesses = {kind for kind in row.instructions if kind.startswith(("LDG", "STG"))}
+        assert accesses - allowed <= {"LDG.128", "LDGSTS.128", "STG.128"}, name
+
+
+def test_loads_of_activations_are_asynchronous(launches):
+    assert [name for name, row in launches if not row.instructions.get("LDGSTS.128")] == []
+
+
+def test_rows_are_addressed_in_64_bits(launches):
+    assert [name for name, row in launches if row.narrow_rows] == []
+
+
+def test_all_programs_run_at_the_same_time(launches):
+    """A program left over for a second round would double the time."""
+    from fastres.kernels.triton._common import MULTIPROCESSORS
+
+    assert [name for name, row in launches if row.programs > row.resident * MULTIPROCESSORS[row.part]] == []
+
+
+SIZES = {
+    "one channel": {"n": 2, "h": 3, "w": 3, "c": 1},
+    "one row": {"n": 1, "h": 1, "w": 1, "c": 64},
+    "one value": {"n": 1, "h": 1, "w": 1, "c": 1},
+    "channels that are no multiple of 16": {"n": 2, "h": 3, "w": 3, "c": 24},
+    "2**32 rows": {"n": 4096, "h": 1024, "w": 1024, "c": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def odd_sizes():
+    wanted = [Request.of(name, torch.bfloat16, **sizes) for name in HEAVIEST for sizes in SIZES.values()]
+    return {request: rows for (request, _), rows in static_checks.figures(wanted, [90]).items()}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", HEAVIEST)
+def test_sizes_that_triton_specialises_on_compile(name, size, odd_sizes):
+    (row,) = odd_sizes[Request.of(name, torch.bfloat16, **SIZES[size])]
+    assert row.error is None
+    assert row.narrow_rows == [] and not row.spills
