@@ -57,7 +57,7 @@ def find_torch() -> tuple[str, str]:
     """Folder and version of the installed torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise CannotBuild("torch is not visible to the build: install it first, then use pip install --no-build-isolation")
+        raise CannotBuild("torch is not visible to the build: install it, then use pip install --no-build-isolation")
     version = importlib.metadata.version("torch")
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
         raise CannotBuild(f"torch {version} is too old: the extension needs {'.'.join(map(str, MINIMUM_TORCH))}")
@@ -106,7 +106,8 @@ def compile_library() -> dict:
 @functools.cache  # a wheel runs build_ext twice
 def build_projection() -> tuple[dict, Path | None]:
     """Build the extension once per process: the outcome as it goes into OUTCOME, and the library's path or None."""
-    outcome = {"built": False, "reason": None, "library": None, "compiler": None, "torch": None, "cuda_architectures": []}
+    outcome = {"built": False, "reason": None, "library": None, "compiler": None, "torch": None}
+    outcome["cuda_architectures"] = []
     wish = os.environ.get("FASTRES_BUILD_EXT", "")
     library = None
     try:
@@ -163,7 +164,7 @@ class BuildExtension(build_ext):
 
 
 class BuildWheel(bdist_wheel):
-    """A wheel is for this platform only when it holds the library, and for any Python 3: the library has no Python ABI."""
+    """A wheel is for this platform when it holds the library, and always for any Python 3: there is no Python ABI."""
 
     def run(self) -> None:
         self.run_command("build_ext")

@@ -9,6 +9,7 @@ the second, an eighth of a rounding unit, serves results where stock happens to 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,11 @@ class ThreeWay:
     def ok(self) -> bool:
         """Whether ours is within the bound; never for NaN."""
         return self.error <= self.bound
+
+    @property
+    def share(self) -> float:
+        """The error as a share of what is allowed; at most 1 where it is ok."""
+        return self.error / self.bound if self.bound else 0.0 if self.error == 0 else math.inf
 
     def __str__(self) -> str:
         return (
@@ -66,4 +72,4 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     exact = exact.detach().double()
     error = (ours.detach().to(exact) - exact).norm().item()
     norm = exact.norm().item()
-    return error / norm if norm else float("inf") if error else 0.0
+    return error / norm if norm else math.inf if error else 0.0

@@ -12,7 +12,7 @@ from torch import nn
 import fastres
 from fastres.nn import Bottleneck, ConvBNReLU2d, StockBottleneck, StockConvBNReLU2d, projection_shortcut
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def hook(*args):

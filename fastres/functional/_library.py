@@ -29,6 +29,8 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
     torch._C.DispatchKey.AutocastCUDA
 )
 
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
 
 def define(name: str, schema: str, body: Callable, fake: Callable) -> Callable:
     """Register `fastres::name` with its body and its shape function; return the operator to call."""
@@ -49,7 +51,8 @@ class ForwardOps:
     """A unit's forward as two operators, `<name>_train` and `<name>_const`, over one body.
 
     inputs: schema of the tensors that come first. returns: schema of the results, the unit's output first. body and fake
-    are called as `(*inputs, bns, geometry, backend)`, with one `BatchNormParams` for each batch norm.
+    are called as `(*inputs, bns, geometry, backend)`, with one `BatchNormParams` for each batch norm. They return NHWC
+    tensors; the operator returns the first, the unit's output, as `[N, C, H, W]`.
     """
 
     def __init__(self, name: str, inputs: str, returns: str, body: Callable, fake: Callable):
@@ -58,7 +61,10 @@ class ForwardOps:
         def with_batch_norms(function: Callable, unpack: Callable) -> Callable:
             def call(*args):
                 *state, geometry, backend = args[count:]
-                return function(*args[:count], unpack(*state), geometry, backend)
+                out, *saved = function(*args[:count], unpack(*state), geometry, backend)
+                # Without view tracking: autograd refuses in-place changes to an output that is a view made in here.
+                with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+                    return nchw(out), *saved
 
             return call
 

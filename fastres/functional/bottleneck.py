@@ -212,20 +212,20 @@ class BottleneckFunction(torch.autograd.Function):
         ctx.identity = shortcut is None and count == 3
         ctx.state_dtypes = [None if tensor is None else tensor.dtype for tensor in state]
         ctx.save_for_backward(x, *weights, out, *saved)
-        return nchw(out)
+        return out
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         config = ctx.config
         count = len(config.bn.eps)
         x, *saved = ctx.saved_tensors
-        weights, saved = saved[:count], saved[count:]
+        weights, out, saved = saved[:count], saved[count], saved[count + 1 :]
         _, need_x, need_shortcut, *need = ctx.needs_input_grad
         need_state = need[count:]
         needs = [need_x, need_shortcut, *need[:count], *needed(need_state)]
         with torch.no_grad():
             dx, dshortcut, *rest = _backward_op(
-                nhwc(g), nhwc(x), weights, *saved, list(config.bn.batch_stats), ctx.identity, needs,
+                nhwc(g), nhwc(x), weights, nhwc(out), *saved, list(config.bn.batch_stats), ctx.identity, needs,
                 list(config.geometry), config.backend,
             )  # fmt: skip
             grads = [None if grad is None else nchw(grad) for grad in (dx, dshortcut)]

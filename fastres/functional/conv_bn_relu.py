@@ -123,7 +123,7 @@ class ConvBNReLUFunction(torch.autograd.Function):
         ctx.config = config
         ctx.state_dtypes = [None if tensor is None else tensor.dtype for tensor in state]
         ctx.save_for_backward(x, weight, y, bn)
-        return nchw(out)
+        return out
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:

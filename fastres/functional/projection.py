@@ -106,7 +106,7 @@ class ProjectionFunction(torch.autograd.Function):
         ctx.config = config
         ctx.state_dtypes = [None if tensor is None else tensor.dtype for tensor in state]
         ctx.save_for_backward(x, weight, *saved)
-        return nchw(out)
+        return out
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:

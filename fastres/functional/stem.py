@@ -131,16 +131,16 @@ class StemFunction(torch.autograd.Function):
         ctx.config = config
         ctx.state_dtypes = [None if tensor is None else tensor.dtype for tensor in state]
         ctx.save_for_backward(x, weight, out, *saved)
-        return nchw(out)
+        return out
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         config = ctx.config
-        x, weight, *saved = ctx.saved_tensors
+        x, weight, out, *saved = ctx.saved_tensors
         _, need_x, need_w, *need_state = ctx.needs_input_grad
         with torch.no_grad():
             dx, dw, grad = _backward_op(
-                nhwc(g), nhwc(x), weight, *saved, config.bn.batch_stats[0], [need_x, need_w],
+                nhwc(g), nhwc(x), weight, nhwc(out), *saved, config.bn.batch_stats[0], [need_x, need_w],
                 list(config.geometry), config.backend,
             )  # fmt: skip
             grads = [None if dx is None else nchw(dx), dw, *state_grads([grad], ctx.state_dtypes, need_state)]

@@ -136,6 +136,12 @@ class ImageFolder:
     _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
     def __init__(self, folder: Path, options: Options):
+        for part in ("train", "val"):
+            if not (folder / part).is_dir():
+                raise UserError(
+                    f"argument --data: {folder / part} is not a folder; "
+                    "lay images out as DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg"
+                )
         try:
             from torchvision import datasets
             from torchvision.transforms import v2
@@ -144,12 +150,6 @@ class ImageFolder:
                 f"argument --dataset: 'folder' needs torchvision, which does not import here ({error}); "
                 "install the torchvision that fits this torch, or use --dataset fashion-mnist"
             ) from error
-        for part in ("train", "val"):
-            if not (folder / part).is_dir():
-                raise UserError(
-                    f"argument --data: {folder / part} is not a folder; "
-                    "lay images out as DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg"
-                )
         finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self._MEAN, self._STD)]
         size = options.image_size
         central = [v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size)]

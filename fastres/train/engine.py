@@ -18,9 +18,9 @@ from .schedule import Schedule
 
 # Losses and times stay on the device for so many steps: reading them makes the CPU wait for the GPU.
 STEPS_PER_READING = 10
-TEST_BATCH = 500
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 def resolve_device(name: str, dtype: str) -> torch.device:
@@ -64,9 +64,7 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module, options: Options, device: torch.device):
-        self._format = getattr(
-            torch, {"contiguous": "contiguous_format"}.get(options.memory_format, options.memory_format)
-        )
+        self._format = _FORMATS[options.memory_format]
         self.model = model.to(device, memory_format=self._format)
         self._device = device
         self._dtype = _DTYPES[options.dtype]
@@ -290,7 +288,7 @@ class Run:
     def _evaluate(self, stop) -> bool:
         results = {}
         for name, trainer in self.trainers.items():
-            result = trainer.evaluate(self._dataset.test_batches(TEST_BATCH), stop)
+            result = trainer.evaluate(self._dataset.test_batches(self._options.batch), stop)
             if result is None:
                 return False
             results[name] = result

@@ -15,6 +15,7 @@ import io
 from pathlib import Path
 
 from . import checkpoint
+from .errors import UserError
 
 COLUMNS = ("variant", "epoch", "step", "lr", "loss", "seconds", "test_loss", "test_accuracy")
 
@@ -52,18 +53,26 @@ def read(path: Path, epoch: int, step: int) -> list[dict]:
     Args:
         epoch: finished epochs.
         step: steps done.
+
+    Raises:
+        UserError: the file does not hold what this program writes.
     """
     try:
         with open(path, newline="") as file:
-            rows = [_typed(row) for row in csv.DictReader(file)]
+            # A killed run can leave half a row.
+            rows = [_typed(row) for row in csv.DictReader(file) if None not in row.values()]
     except FileNotFoundError:
         return []
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"argument --out: {path} is not the metrics of a run ({error}); move it away to resume without them"
+        ) from error
     return [row for row in rows if (row["step"] <= step if "loss" in row else row["epoch"] <= epoch)]
 
 
 def _typed(row: dict) -> dict:
     kinds = {"variant": str, "epoch": int, "step": int}
-    return {name: kinds.get(name, float)(value) for name, value in row.items() if value not in ("", None)}
+    return {name: kinds.get(name, float)(row[name]) for name in COLUMNS if row[name] != ""}
 
 
 def _text(rows: list[dict]) -> str:

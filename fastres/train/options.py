@@ -20,6 +20,7 @@ class Options:
     """Everything that a run depends on. Stored in the checkpoint, so only plain values."""
 
     model: str = "cifar_resnet20"
+    width: int = 0
     backend: str = "auto"
     compare: bool = False
     min_accuracy: float = 0.0
@@ -67,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.argument_default = argparse.SUPPRESS
     what = parser.add_argument_group("what is trained")
     _add(what, "--model", metavar="NAME", help="one of fastres.models.names()")
+    _add(
+        what, "--width", type=_count, metavar="N", help="channels of a cifar_ model's first stage (0: the model's own)"
+    )
     _add(what, "--backend", metavar="NAME", help="backend of the fused blocks, or 'stock' for PyTorch's own blocks")
     _add_switch(what, "--compare", "train stock and fused side by side and write report.md")
     _add(
@@ -167,7 +171,7 @@ def resolve(given: dict, saved: dict | None = None) -> Options:
             if name not in FREE_ON_RESUME and name in saved and _plain(saved[name]) != _plain(value):
                 given_as = as_arguments({name: value})
                 raise UserError(
-                    f"argument {given_as.split()[0]}: the checkpoint was made with {as_arguments({name: saved[name]})}; "
+                    f"argument {given_as.split()[0]}: the checkpoint has {as_arguments({name: saved[name]})}; "
                     f"leave {given_as} out, or start a new run without --resume"
                 )
         explicit = {**{name: value for name, value in saved.items() if name in names}, **explicit}

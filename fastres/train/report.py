@@ -132,16 +132,17 @@ def _draw_losses(path: Path, rows: list[dict], where: str) -> None:
     figure = _figure(figsize=(8, 6))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for variant, style in STYLES.items():
-        losses = [row["loss"] for row in rows if row["variant"] == variant and "loss" in row]
-        steps = range(1, len(losses) + 1)
+        steps, losses = zip(
+            *((row["step"], row["loss"]) for row in rows if row["variant"] == variant and "loss" in row), strict=True
+        )
         top.plot(steps, losses, color=style["color"], alpha=0.2, linewidth=0.7)
         top.plot(steps, _smooth(losses), label=variant, linewidth=1.8, **style)
     top.set_ylabel(f"training loss\n(mean of {_SMOOTHING} steps; faint: each)")
     top.set_title(f"Training loss: {where}")
     top.legend()
     differences = compare.loss_differences(rows)
-    bottom.semilogy(range(1, len(differences) + 1), differences, color="#364fc7", linewidth=0.9)
-    proved = min(compare.PROOF_STEPS, len(differences))
+    bottom.semilogy(list(differences), list(differences.values()), color="#364fc7", linewidth=0.9)
+    proved = min(compare.PROOF_STEPS, max(differences))
     bottom.plot(
         [1, proved],
         [compare.LOSS_LIMIT] * 2,

@@ -63,9 +63,10 @@ def _set_up(chosen: Options) -> torch.device:
     device = resolve_device(chosen.device, chosen.dtype)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
     return device
 
 
@@ -98,7 +99,13 @@ def _check_model(name: str) -> None:
 def _trainers(chosen: Options, dataset, device: torch.device) -> dict[str, Trainer]:
     """One model with the seed's initial weights; with `--compare` its stock twin besides."""
     torch.manual_seed(chosen.seed)
-    model = fastres.models.create(chosen.model, num_classes=len(dataset.classes), in_channels=dataset.in_channels)
+    shape = {"num_classes": len(dataset.classes), "in_channels": dataset.in_channels}
+    if chosen.width:
+        shape["width"] = chosen.width
+    try:
+        model = fastres.models.create(chosen.model, **shape)
+    except TypeError as error:
+        raise UserError(f"argument --width: {chosen.model} has one width; leave --width out") from error
     stock = fastres.revert(copy.deepcopy(model))
     models = {}
     if chosen.compare or chosen.backend == "stock":

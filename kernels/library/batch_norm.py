@@ -7,21 +7,22 @@ from torch import Tensor
 
 from ..reference._common import acc_dtype, rows
 from ..reference.batch_norm import ChannelStats
-from ._common import affine, bn_input_grad, bn_sums, masked
+from ._common import affine, bn_input_grad, bn_sums, masked, nchw
 
 
 def channel_stats(y: Tensor) -> ChannelStats:
     """As the reference, in one read of y and without a float32 copy of it."""
-    y = rows(y)
-    count = y.shape[0]
+    count = rows(y).shape[0]
     if y.is_cuda:
         # eps = 0: the variance is read back from 1/sqrt(variance); a constant channel gives inf and so 0.
-        mean, rstd = torch.batch_norm_stats(y, 0.0)
+        mean, rstd = torch.batch_norm_stats(nchw(y), 0.0)
         var = rstd.square().reciprocal()
     else:
         # ATen's mean over channels_last memory is a plain running sum; the variance around it is good, the mean is not.
-        mean = y.sum(0, dtype=acc_dtype(y.dtype)) / count
-        _, var = torch.ops.aten.batch_norm_update_stats(y, None, None, 0.0)
+        mean = y.sum((0, 1, 2), dtype=acc_dtype(y.dtype)) / count
+        # The dummy running statistics make it return float32 for bfloat16 activations.
+        dummy = torch.zeros_like(mean)
+        _, var = torch.ops.aten.batch_norm_update_stats(nchw(y), dummy, dummy.clone(), 0.0)
     return ChannelStats(mean.new_full((1,), count), mean.unsqueeze(0), (var * count).unsqueeze(0))
 
 

@@ -1,9 +1,9 @@
 """The strided 1x1 projection shortcut in C++: Gram, fprop, wgrad and dgrad read the strided pixels where they lie.
 
-x is dense NHWC `[N, H, W, C]`, float32, float64 or bfloat16; x_s = x[:, ::stride, ::stride] has Ho = (H - 1) // stride + 1
-rows and Wo = (W - 1) // stride + 1 columns of pixels. "acc" is float64 for float64 and else float32. Any stride >= 1 and
-any sizes, an empty batch included. Results have the same bits from run to run and for any number of threads. Arguments
-that do not fit raise RuntimeError with the argument's name.
+x is dense NHWC `[N, H, W, C]`, float32, float64 or bfloat16; x_s = x[:, ::stride, ::stride] has
+Ho = (H - 1) // stride + 1 rows and Wo = (W - 1) // stride + 1 columns of pixels. "acc" is float64 for float64 and else
+float32. Any stride >= 1 and any sizes, an empty batch included. Results have the same bits from run to run and for any
+number of threads. Arguments that do not fit raise RuntimeError with the argument's name.
 
 The library is built with the package (setup.py) and loaded on the first call; `available()` says whether it is there.
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..reference.gram import Gram
+
 __all__ = ["available", "projection_dgrad", "projection_fprop", "projection_gram", "projection_wgrad"]
 
 _FOLDER = Path(__file__).parent
@@ -24,7 +26,7 @@ _FOLDER = Path(__file__).parent
 
 @functools.cache
 def available() -> str | None:
-    """None when the library is there and loads, else the reason. Loads it, and registers the fakes, on the first call."""
+    """None when the library is there and loads, else the reason. The first call loads it and registers the fakes."""
     try:
         build = json.loads((_FOLDER / "_build.json").read_text())
     except FileNotFoundError:
@@ -42,14 +44,14 @@ def available() -> str | None:
     return None
 
 
-def projection_gram(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+def projection_gram(x: Tensor, stride: int) -> Gram:
     """Second moments of x_s around a pivot, from which a projection's batch statistics follow without its output.
 
-    Returns gram `[C, C]` = sum (x_s - pivot)^T (x_s - pivot), total `[C]` = sum (x_s - pivot) and pivot `[C]`, the mean of
-    the first 64 rows of x_s or of all when there are fewer; all in acc. The pivot keeps the variance right in float32 when
-    the mean is a thousand standard deviations.
+    Returns gram `[C, C]` = sum (x_s - pivot)^T (x_s - pivot), total `[C]` = sum (x_s - pivot) and pivot `[C]`, the mean
+    of the first 64 rows of x_s or of all when there are fewer; all in acc. The pivot keeps the variance right where the
+    mean is a thousand standard deviations.
     """
-    return _ops().gram(x, stride)
+    return Gram(*_ops().gram(x, stride))
 
 
 def projection_fprop(x: Tensor, weight: Tensor, bn: Tensor, stride: int) -> Tensor:
@@ -70,8 +72,8 @@ def projection_dgrad(
 ) -> None:
     """dx[:, ::stride, ::stride] += g u + x_s v + k, in place; summed in acc and rounded once to dx's dtype.
 
-    dx and x `[N, H, W, C]`, g `[N, Ho, Wo, K]`, u `[K, C]`, v `[C, C]` or None in x's dtype; k `[C]` in acc or None. The
-    other pixels of dx stay as they are.
+    dx and x `[N, H, W, C]`, g `[N, Ho, Wo, K]`, u `[K, C]`, v `[C, C]` or None in x's dtype; k `[C]` in acc or None.
+    The other pixels of dx stay as they are.
     """
     _ops().dgrad(dx, g, x, u, v, k, stride)
 

@@ -386,10 +386,15 @@ void dgrad(const Shape& s, void* dx_, const void* g, const void* x, const void* 
   Buffer<A> packed(divide_up(s.c, width) * width * depth);
   in_parallel(parallel_for, divide_up(s.c, width), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      A* target = packed + panel * width * depth;
-      for (int64_t i = 0; i < depth; ++i, target += width) {
-        const T* row = i < s.k ? static_cast<const T*>(u) + i * s.c : static_cast<const T*>(v) + (i - s.k) * s.c;
-        pack_columns<width, T, A>(&row, 1, panel * width, smaller((panel + 1) * width, s.c), nullptr, target, 0);
+      for (int64_t first = 0; first < depth; first += slice) {
+        const T* rows[slice];
+        int64_t count = smaller(slice, depth - first);
+        for (int64_t i = 0; i < count; ++i) {
+          int64_t row = first + i;
+          rows[i] = row < s.k ? static_cast<const T*>(u) + row * s.c : static_cast<const T*>(v) + (row - s.k) * s.c;
+        }
+        pack_columns<width, T, A>(rows, count, panel * width, smaller((panel + 1) * width, s.c), nullptr,
+                                  packed + (panel * depth + first) * width, 0);
       }
     }
   });

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdlib>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -45,6 +46,12 @@ void parallel_for(int64_t tasks, fastres::Body body, void* context) {
   torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
+std::string list(std::initializer_list<int64_t> sizes) {
+  std::string text = "[";
+  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
 // Checks on one op's arguments. Failures read "<op>: <argument> must be <what>, has <what it has>".
 class Arguments {
  public:
@@ -73,12 +80,10 @@ class Arguments {
     require(t.scalar_type() == acc_, name, wish, "another dtype");
   }
   void g(const Tensor& t) {
-    std::string described = "[N, Ho, Wo, K] = [" + std::to_string(shape.n) + ", " + std::to_string(shape.out_h()) + ", " +
-                            std::to_string(shape.out_w()) + ", K]";
-    same_dtype("g", t, {shape.n, shape.out_h(), shape.out_w(), -1}, described);
+    std::string pixels = list({shape.n, shape.out_h(), shape.out_w()});
+    same_dtype("g", t, {shape.n, shape.out_h(), shape.out_w(), -1}, "[N, Ho, Wo, K] with [N, Ho, Wo] = " + pixels);
     shape.k = t.size(3);
   }
-  std::string with_c(const std::string& text) const { return text + " with C = " + std::to_string(shape.c); }
   ScalarType acc_type() const { return acc_; }
 
   Shape shape{};
@@ -120,9 +125,9 @@ std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, int64_t stride) {
 
 Tensor fprop_cpu(const Tensor& x, const Tensor& weight, const Tensor& bn, int64_t stride) {
   Arguments a("projection_fprop", x, stride);
-  a.same_dtype("weight", weight, {-1, a.shape.c}, a.with_c("[K, C]"));
+  a.same_dtype("weight", weight, {-1, a.shape.c}, "[K, C] with C = " + std::to_string(a.shape.c));
   a.shape.k = weight.size(0);
-  a.acc("bn", bn, {4, a.shape.k}, "[4, K] with K = " + std::to_string(a.shape.k));
+  a.acc("bn", bn, {4, a.shape.k}, "[4, K] = " + list({4, a.shape.k}));
   Tensor out = torch::stable::new_empty(x, {a.shape.n, a.shape.out_h(), a.shape.out_w(), a.shape.k});
   cpu_kernels().fprop(a.dtype, a.shape, x.const_data_ptr(), weight.const_data_ptr(), bn.const_data_ptr(),
                       out.mutable_data_ptr(), parallel_for);
@@ -143,9 +148,9 @@ void dgrad_cpu(const Tensor& dx, const Tensor& g, const Tensor& x, const Tensor&
   int64_t c = a.shape.c;
   a.g(g);
   a.same_dtype("dx", dx, {a.shape.n, a.shape.h, a.shape.w, c}, "of x's shape");
-  a.same_dtype("u", u, {a.shape.k, c}, a.with_c("[K, C] with K = " + std::to_string(a.shape.k) + ", [K, C]"));
-  if (v) a.same_dtype("v", *v, {c, c}, a.with_c("[C, C]"));
-  if (k) a.acc("k", *k, {c}, a.with_c("[C]"));
+  a.same_dtype("u", u, {a.shape.k, c}, "[K, C] = " + list({a.shape.k, c}));
+  if (v) a.same_dtype("v", *v, {c, c}, "[C, C] = " + list({c, c}));
+  if (k) a.acc("k", *k, {c}, "[C] = " + list({c}));
   cpu_kernels().dgrad(a.dtype, a.shape, dx.mutable_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), u.const_data_ptr(),
                       v ? v->const_data_ptr() : nullptr, k ? k->const_data_ptr() : nullptr, parallel_for);
 }

@@ -12,7 +12,7 @@ import fastres
 from fastres import models
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, ZeroPadShortcut
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def parameters(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stem, make_shortcut
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def basic(stride=1, shortcut="B", channels=(6, 6), **bn):
@@ -141,23 +142,36 @@ def test_subsets_of_parameters_that_need_gradients(name, fused_calls, stock_twin
     assert fused_calls == {unit: 6}
 
 
-@pytest.mark.parametrize("name", ["basic A", "bottleneck identity", "bottleneck A", "bottleneck B", "stem"])
+LARGE_MODULES = {
+    "basic_block A": lambda: BasicBlock(16, 32, 2, make_shortcut("A", 16, 32, 2)),
+    "bottleneck identity": lambda: Bottleneck(16, 4),
+    "bottleneck A": lambda: Bottleneck(16, 8, 2, make_shortcut("A", 16, 32, 2)),
+    "bottleneck B": lambda: Bottleneck(16, 8, 2, make_shortcut("B", 16, 32, 2)),
+    "stem": lambda: Stem(16, 16),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_MODULES)
 def test_bfloat16_autocast_is_as_close_to_float64_as_stock_is(name, fused_calls, stock_twin, run):
-    module, x, unit = make(name)
-    reference = run(stock_twin(module), x)
-    module.float()
-    stock = stock_twin(module)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = run(module, x.float()), run(stock, x.float())
-    assert fused_calls == {unit: 1}
-    assert ours["output"].dtype == theirs["output"].dtype == torch.bfloat16
-    assert module.conv1.weight.grad.dtype == torch.float32
-    for key, exact in reference.items():
-        if exact is None or not exact.is_floating_point():
-            continue
-        error, stock_error = (torch.linalg.vector_norm(side[key].double() - exact) for side in (ours, theirs))
-        allowed = 2 * stock_error + torch.finfo(torch.bfloat16).eps / 8 * torch.linalg.vector_norm(exact)
-        assert error <= allowed, key
+    # Large and several times: the ReLU masks that rounding happens to flip decide the errors of a single small case.
+    squares = collections.defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        module = LARGE_MODULES[name]()
+        x = torch.randn(8, 16, 17, 15, requires_grad=True)
+        exact = run(stock_twin(module).double(), x.double())
+        stock = stock_twin(module)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = run(module, x), run(stock, x)
+        assert ours["output"].dtype == theirs["output"].dtype == torch.bfloat16
+        assert module.conv1.weight.grad.dtype == torch.float32
+        for key, value in exact.items():
+            parts = ours[key].double() - value, theirs[key].double() - value, value.double()
+            squares[key] += torch.stack([part.square().sum() for part in parts])
+    assert fused_calls == {name.split()[0]: 4}
+    for key, sums in squares.items():
+        error, stock_error, norm = sums.sqrt()
+        assert error <= 2 * stock_error + torch.finfo(torch.bfloat16).eps / 8 * norm, key
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -168,6 +182,13 @@ def test_output_and_input_gradient_are_channels_last(name):
     y.sum().backward()
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_output_is_not_a_view(name):
+    """Autograd refuses in-place changes to a view that a function made, and fully_shard warns of it."""
+    module, x, _ = make(name)
+    assert not module(x)._is_view()
 
 
 def test_gradients_keep_the_strides_of_channels_last_parameters():

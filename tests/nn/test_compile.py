@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stem, ZeroPadShortcut, projection_shortcut
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 MODULES = {
     "basic_block": lambda: BasicBlock(4, 6, 2, ZeroPadShortcut(4, 6, 2)),

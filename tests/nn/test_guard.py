@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import fastres
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stem, projection_shortcut
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 SEEN = []
 

@@ -12,7 +12,7 @@ from torch import nn
 import fastres
 from fastres.nn.fused import FusedModule
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 SHARED_MODELS = (
     "resnet18",

@@ -18,7 +18,8 @@ def train(dataset_folder, tmp_path, capsys):
     def run(*arguments, out=tmp_path / "run", data=dataset_folder, batch=32):
         # What a resumed run takes from its checkpoint is given only to a new one.
         fixed = [] if "--resume" in arguments else ["--model", MODEL, "--batch", str(batch), "--threads", "1"]
-        words = ["train", *fixed, "--data", str(data), "--out", str(out), *map(str, arguments)]
+        # On a CPU, whose numbers repeat.
+        words = ["train", *fixed, "--device", "cpu", "--data", str(data), "--out", str(out), *map(str, arguments)]
         try:
             code = main(words)
         except SystemExit as exit:
@@ -43,6 +44,15 @@ def test_compare_trains_both_and_writes_the_report(train, tmp_path):
     states = parameters(tmp_path / "run")
     assert list(states) == ["stock", "fused"]
     assert list(states["stock"]["model"]) == list(states["fused"]["model"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_compare_on_a_gpu(dtype, train):
+    code, out, err = train("--compare", "--epochs", 1, "--device", "cuda", "--dtype", dtype)
+    assert code == 0, out + err
+    assert "FAILED" not in out
 
 
 def test_a_failed_check_exits_with_1(train):
@@ -141,12 +151,11 @@ def one_line(err, *parts):
         (["--min-accuracy", "101"], ["argument --min-accuracy", "0 to 100"]),
         (["--epoch", "1"], ["--epoch"]),
         (["--resume", "/nowhere/checkpoint.pt"], ["argument --resume", "/nowhere/checkpoint.pt"]),
-        (["--dataset", "folder"], ["argument --data"]),
+        (["--dataset", "folder"], ["argument --data", "is not a folder", "DIR/train/CLASS"]),
+        (["--model", "resnet18", "--width", "8"], ["argument --width", "resnet18"]),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_argument(arguments, parts, train, request):
-    if "folder" in arguments:
-        pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
+def test_a_mistake_is_one_line_that_names_the_argument(arguments, parts, train):
     code, _, err = train(*arguments)
     assert code == 2
     one_line(err, *parts)

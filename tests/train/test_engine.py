@@ -66,9 +66,8 @@ def whole_run(tmp_path_factory, dataset_folder):
     return results(run)
 
 
-# Asked after each of the 4 steps of an epoch and before each of its 2 tests: 4 and 5 stop between training and test,
-# 6 between the tests, 12 after two epochs, the others in mid-epoch.
-@pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 8, 12, 15])
+# An epoch asks after each of its 4 steps, then before each of the 2 test batches of both models.
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 8, 10, 12, 15])
 def test_a_stopped_run_resumes_to_the_same_numbers(stop_at, tmp_path, dataset_folder, whole_run):
     first = make_run(tmp_path, dataset_folder)
     assert not first.train(after(stop_at))
@@ -89,14 +88,22 @@ def test_a_run_stopped_twice_resumes_to_the_same_numbers(tmp_path, dataset_folde
     assert_same(list(results(run)), list(whole_run))
 
 
-def test_rows_written_after_the_checkpoint_are_dropped(tmp_path, dataset_folder, whole_run):
-    make_run(tmp_path, dataset_folder).train(after(6))
+@pytest.mark.parametrize("half_a_row", ["", "s", "fused,2,", "fused,2,9,0.1,9."])
+def test_rows_written_after_the_checkpoint_are_dropped(half_a_row, tmp_path, dataset_folder, whole_run):
+    make_run(tmp_path, dataset_folder).train(after(10))
     with open(tmp_path / "metrics.csv", "a") as file:
-        file.write("stock,2,7,0.1,9.9,0.1,,\nfused,2,8,,,,9.9,10.0\n")
+        file.write(f"stock,2,7,0.1,9.9,0.1,,\nfused,2,8,,,,9.9,10.0\n{half_a_row}")
     run = make_run(tmp_path, dataset_folder)
     run.load(checkpoint.load(tmp_path / "checkpoint.pt"))
     run.train()
     assert_same(list(results(run)), list(whole_run))
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", ",".join(metrics.COLUMNS) + "\nstock,one,1,,,,,\n"])
+def test_a_file_that_is_no_metrics_is_refused(content, tmp_path):
+    (tmp_path / "metrics.csv").write_text(content)
+    with pytest.raises(UserError, match="argument --out: .*metrics.csv"):
+        metrics.read(tmp_path / "metrics.csv", 1, 1)
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, dataset_folder):
@@ -256,10 +263,9 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_it_trains_and_resumes_on_a_gpu(dtype, tmp_path, dataset_folder):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     device = torch.device("cuda")
     options = dataclasses.replace(OPTIONS, dtype=dtype)
     for stop in (after(6), lambda: False):

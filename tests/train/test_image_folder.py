@@ -92,7 +92,7 @@ def test_an_unreadable_image_is_named_in_one_line(folder, workers):
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_without_the_layout_is_refused(tmp_path, torchvision):
+def test_a_folder_without_the_layout_is_refused(tmp_path):
     with pytest.raises(UserError, match="argument --data: .*train is not a folder"):
         load(tmp_path)
 
@@ -111,6 +111,8 @@ def test_different_classes_are_refused(folder):
 
 
 def test_torchvision_that_does_not_import_is_reported(tmp_path, monkeypatch):
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(UserError, match="argument --dataset: 'folder' needs torchvision"):
         load(tmp_path)

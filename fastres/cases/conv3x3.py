@@ -1,0 +1,99 @@
+"""Cases of the 3x3 convolutions of residual blocks."""
+
+from __future__ import annotations
+
+from torch.nn import functional as F
+from torch.nn import grad as conv_grad
+
+from ._common import (
+    Case,
+    Maker,
+    affine_grads,
+    batch_norm,
+    batch_norm_backward,
+    merged,
+    nchw,
+    nhwc,
+    relu_backward,
+    statistics,
+)
+
+SIZES = {"n": 2, "h": 9, "w": 8, "c": 24, "k": 16}
+
+
+def _named(options):
+    return {name: options.get(name, 1) for name in ("stride", "dilation", "groups")}
+
+
+def _as_conv2d(options):
+    options = _named(options)
+    return {"stride": options["stride"], "padding": options["dilation"]} | options
+
+
+def _make(options):
+    def make(f: Maker, n, h, w, c, k):
+        y = f.activation(n, h, w, c, mean=0.5)
+        weight = f.weight(k, c // options.get("groups", 1), 3, 3)
+        dy = f.activation(*nhwc(F.conv2d(nchw(y), weight, None, **_as_conv2d(options))).shape)
+        return {"y": y, "bn": f.bn(y), "weight": weight, "dy": dy, "residual": f.activation(n, h, w, c)}
+
+    return make
+
+
+def _run(options):
+    options = _named(options)
+
+    def run(k, t):
+        out, stats = k.conv3x3(t["y"], t["weight"], **options)
+        size = t["y"].shape[1:3]
+        masked, sums = k.conv3x3_dgrad(t["dy"], t["weight"], size, **options, y=t["y"], bn=t["bn"])
+        return {
+            "y": out,
+            **merged(stats),
+            "masked dx": masked,
+            **affine_grads(k, sums, t["bn"]),
+            "dx": k.conv3x3_dgrad(t["dy"], t["weight"], size, **options)[0],
+            "dx + residual": k.conv3x3_dgrad(t["dy"], t["weight"], size, **options, residual=t["residual"])[0],
+            "dW": k.conv3x3_wgrad(t["y"], t["dy"], **options),
+            "dW of relu(bn(y))": k.conv3x3_wgrad(t["y"], t["dy"], **options, bn=t["bn"]),
+        }
+
+    return run
+
+
+def _stock(options):
+    options = _as_conv2d(options)
+
+    def stock(t):
+        y, weight, dy = nchw(t["y"]), t["weight"], nchw(t["dy"])
+        out = nhwc(F.conv2d(y, weight, None, **options))
+        dx = nhwc(conv_grad.conv2d_input(y.shape, weight, dy, **options))
+        z = batch_norm(t["y"], t["bn"])
+        masked = relu_backward(dx, z)
+        _, dgamma, dbeta = batch_norm_backward(masked, t["y"], t["bn"])
+        return {
+            "y": out,
+            **statistics(out),
+            "masked dx": masked,
+            "dgamma": dgamma,
+            "dbeta": dbeta,
+            "dx": dx,
+            "dx + residual": dx + t["residual"],
+            "dW": conv_grad.conv2d_weight(y, weight.shape, dy, **options),
+            "dW of relu(bn(y))": conv_grad.conv2d_weight(nchw(z.relu()), weight.shape, dy, **options),
+        }
+
+    return stock
+
+
+CASES = [
+    Case(
+        f"conv3x3{''.join(f', {name} {value}' for name, value in options.items())}",
+        ("conv3x3", "conv3x3_dgrad", "conv3x3_wgrad"),
+        _make(options),
+        _run(options),
+        _stock(options),
+        SIZES,
+    )
+    for options in ({}, {"stride": 2}, {"dilation": 2}, {"groups": 4})
+]

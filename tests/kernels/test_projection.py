@@ -1,0 +1,328 @@
+"""The projection extension against its definition in float64, and against the reference kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastres.kernels import projection, reference
+from fastres.numerics import assert_three_way, relative_error
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+# n, h, w, c, k: channels of no tile's size, single pixels, sizes that the stride does not divide, an empty batch.
+SHAPES = [
+    (2, 7, 9, 1, 5),
+    (3, 5, 8, 3, 64),
+    (1, 12, 7, 24, 27),
+    (2, 13, 11, 27, 1),
+    (3, 9, 9, 64, 130),
+    (1, 1, 1, 24, 48),
+    (1, 1, 6, 64, 3),
+    (0, 5, 5, 3, 4),
+    (1, 40, 31, 3, 97),
+    (1, 6, 5, 130, 33),
+]
+needs_library = pytest.mark.skipif(projection.available() is not None, reason=str(projection.available()))
+
+
+def acc(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit(dtype):
+    """Unit roundoff: half the distance from 1 to the next number."""
+    return torch.finfo(dtype).eps / 2
+
+
+class Inputs:
+    """Arguments of all four kernels; the sums' terms have mixed signs and the channels different scales."""
+
+    def __init__(self, dtype, shape, stride, mean=0.0):
+        n, h, w, c, k = shape
+        generator = torch.Generator().manual_seed(hash((shape, stride)) % 2**31)
+
+        def normal(*size):
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        spread = torch.logspace(-1, 1, c, dtype=torch.float64)
+        self.stride = stride
+        self.x = (mean + spread * normal(n, h, w, c)).to(dtype)
+        self.g = normal(*self.x[:, ::stride, ::stride].shape[:3], k).to(dtype)
+        self.weight = normal(k, c).to(dtype)
+        self.bn = normal(4, k).to(acc(dtype))
+        self.dx = normal(n, h, w, c).to(dtype)
+        self.u, self.v = normal(k, c).to(dtype), normal(c, c).to(dtype)
+        self.k = normal(c).to(acc(dtype))
+
+
+def xs(t):
+    """The strided pixels as rows, float64."""
+    return t.x[:, :: t.stride, :: t.stride].double().flatten(0, 2)
+
+
+def within(ours, exact, magnitudes, additions, dtype):
+    """Elementwise: `additions` roundings in acc of at most the sum of the magnitudes (Higham, Accuracy and Stability of
+    Numerical Algorithms, 2002, equation 3.5, with a margin for the few operations around the sum), then one to `dtype`.
+    """
+    bound = (additions + 6) * unit(acc(dtype)) * magnitudes
+    if ours.dtype == torch.bfloat16:
+        bound = bound * (1 + unit(dtype)) + unit(dtype) * exact.abs()
+    assert ours.shape == exact.shape
+    assert ((ours.double() - exact).abs() <= bound).all(), relative_error(ours, exact)
+
+
+@pytest.fixture
+def poisoned():
+    """New tensors are full of NaN, so that what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@needs_library
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestDefinition:
+    def test_gram(self, dtype, shape, stride):
+        t = Inputs(dtype, shape, stride, mean=5.0)
+        moments = projection.projection_gram(t.x, stride)
+        assert {m.dtype for m in moments} == {acc(dtype)}
+        rows = xs(t)
+        if len(rows):
+            within(moments.pivot, rows[:64].mean(0), rows[:64].abs().mean(0), 64, acc(dtype))
+        else:
+            assert (moments.pivot == 0).all()
+        centred = rows - moments.pivot.double()
+        within(moments.gram, centred.T @ centred, centred.abs().T @ centred.abs(), len(rows), acc(dtype))
+        within(moments.total, centred.sum(0), centred.abs().sum(0), len(rows), acc(dtype))
+        assert torch.equal(moments.gram, moments.gram.T)
+
+    def test_fprop(self, dtype, shape, stride):
+        t = Inputs(dtype, shape, stride)
+        out = projection.projection_fprop(t.x, t.weight, t.bn, stride)
+        assert out.dtype == dtype and out.shape == t.g.shape and out.is_contiguous()
+        scale, shift = t.bn[2].double(), t.bn[3].double()
+        exact = xs(t) @ t.weight.double().T * scale + shift
+        magnitudes = xs(t).abs() @ t.weight.double().abs().T * scale.abs() + shift.abs()
+        within(out.flatten(0, 2), exact, magnitudes, shape[3], dtype)
+
+    def test_wgrad(self, dtype, shape, stride):
+        t = Inputs(dtype, shape, stride)
+        p = projection.projection_wgrad(t.g, t.x, stride)
+        assert p.dtype == acc(dtype)
+        g = t.g.double().flatten(0, 2)
+        within(p, g.T @ xs(t), g.abs().T @ xs(t).abs(), len(g), acc(dtype))
+
+    @pytest.mark.parametrize("with_v", [True, False])
+    @pytest.mark.parametrize("with_k", [True, False])
+    def test_dgrad(self, dtype, shape, stride, with_v, with_k):
+        t = Inputs(dtype, shape, stride)
+        g, before = t.g.double().flatten(0, 2), t.dx.clone()
+        added, magnitudes = g @ t.u.double(), g.abs() @ t.u.double().abs()
+        if with_v:
+            added, magnitudes = added + xs(t) @ t.v.double(), magnitudes + xs(t).abs() @ t.v.double().abs()
+        if with_k:
+            added, magnitudes = added + t.k.double(), magnitudes + t.k.double().abs()
+        projection.projection_dgrad(t.dx, t.g, t.x, t.u, t.v if with_v else None, t.k if with_k else None, stride)
+        strided = before[:, ::stride, ::stride].double().flatten(0, 2)
+        ours = t.dx[:, ::stride, ::stride].flatten(0, 2)
+        within(ours, strided + added, strided.abs() + magnitudes, shape[3] + shape[4], dtype)
+        between = torch.ones(t.dx.shape[1:3], dtype=torch.bool)
+        between[::stride, ::stride] = False
+        assert torch.equal(t.dx[:, between], before[:, between])
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(2, 15, 14, 64, 128), (4, 9, 9, 24, 27)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_as_exact_as_the_reference(dtype, shape):
+    t, exact = Inputs(dtype, shape, 2, mean=1.0), Inputs(dtype, shape, 2, mean=1.0)
+    for name, value in vars(exact).items():
+        if isinstance(value, torch.Tensor):
+            setattr(exact, name, value.double())
+
+    def run(k, t):
+        dx = t.dx.clone()
+        k.projection_dgrad(dx, t.g, t.x, t.u, t.v, t.k, 2)
+        count = t.g.shape[:3].numel()
+        moments = k.projection_gram(t.x, 2)
+        bn, mean, scatter = reference.gram_finalize(moments, count, t.weight, *[None] * 6, eps=1e-5)
+        return {
+            "out": k.projection_fprop(t.x, t.weight, t.bn, 2),
+            "p": k.projection_wgrad(t.g, t.x, 2),
+            "dx": dx,
+            "bn": bn,
+            "mean": mean,
+            "scatter": scatter,
+        }
+
+    ours, stock, truth = run(projection, t), run(reference, t), run(reference, exact)
+    for name in truth:
+        assert ours[name].dtype == stock[name].dtype
+        assert_three_way(name, ours[name], stock[name], truth[name], dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gram_keeps_the_variance_at_a_mean_of_a_thousand_standard_deviations(dtype):
+    x = (1000 + torch.randn(4, 30, 30, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(dtype)
+    rows = x[:, ::2, ::2].double().flatten(0, 2)
+    gram, total, pivot = projection.projection_gram(x, 2)
+    count = len(rows)
+    mean, covariance = pivot + total / count, gram / count - torch.outer(total, total) / count**2
+    assert relative_error(mean, rows.mean(0)) < 4 * unit(dtype)
+    assert relative_error(covariance, torch.cov(rows.T, correction=0)) < 32 * unit(dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_for_any_number_of_threads(dtype):
+    def results():
+        t = Inputs(dtype, (8, 41, 40, 64, 100), 2)  # 3360 rows: sums are split
+        projection.projection_dgrad(t.dx, t.g, t.x, t.u, t.v, t.k, 2)
+        return [
+            t.dx,
+            *projection.projection_gram(t.x, 2),
+            projection.projection_wgrad(t.g, t.x, 2),
+            projection.projection_fprop(t.x, t.weight, t.bn, 2),
+        ]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = results()
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, first, results())), count
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_reaches_what_depends_on_it_and_nothing_else(dtype):
+    t = Inputs(dtype, (2, 6, 5, 27, 40), 2)
+    t.x[1, 1, 1] = float("nan")  # a pixel between the strided ones
+    t.x[0, 2, 4, 13] = float("nan")
+    gram, total, pivot = projection.projection_gram(t.x, 2)
+    assert gram[13].isnan().all() and gram[:, 13].isnan().all() and total[13].isnan() and pivot[13].isnan()
+    others = torch.arange(27) != 13
+    assert gram[others][:, others].isfinite().all() and total[others].isfinite().all()
+    out = projection.projection_fprop(t.x, t.weight, t.bn, 2)
+    assert out[0, 1, 2].isnan().all() and out.isnan().sum() == 40
+    p = projection.projection_wgrad(t.g, t.x, 2)
+    assert p[:, 13].isnan().all() and p.isnan().sum() == 40
+    projection.projection_dgrad(t.dx, t.g, t.x, t.u, t.v, t.k, 2)
+    assert t.dx[0, 2, 4].isnan().all() and t.dx.isnan().sum() == 27
+
+
+@needs_library
+def test_infinity_and_overflow_round_as_torch_rounds():
+    x = torch.tensor([3.4e38, float("inf"), -float("inf"), 1e-40, 3.39e38], dtype=torch.float32)
+    bn = torch.tensor([[0.0], [1.0], [1.0], [0.0]])
+    ours = projection.projection_fprop(x.bfloat16().view(1, 1, 5, 1), torch.ones(1, 1).bfloat16(), bn, 1)
+    assert torch.equal(ours.flatten(), x.bfloat16())
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    t = Inputs(dtype, (2, 5, 6, 24, 9), 2)
+    ops = torch.ops.fastres_projection
+    torch.library.opcheck(ops.gram.default, (t.x, 2))
+    torch.library.opcheck(ops.fprop.default, (t.x, t.weight, t.bn, 2))
+    torch.library.opcheck(ops.wgrad.default, (t.g, t.x, 2))
+    torch.library.opcheck(ops.dgrad.default, (t.dx, t.g, t.x, t.u, t.v, t.k, 2))
+    torch.library.opcheck(ops.dgrad.default, (t.dx, t.g, t.x, t.u, None, None, 2))
+
+
+GOOD = dict(x=(2, 6, 5, 64), weight=(128, 64), bn=(4, 128), g=(2, 3, 3, 128), dx=(2, 6, 5, 64), u=(128, 64), v=(64, 64))
+BAD = [
+    ("fprop", "weight", torch.zeros(128, 32), r"weight must be \[K, C\] with C = 64, has \[128, 32\]"),
+    ("fprop", "weight", torch.zeros(128, 64, 1, 1), r"weight must be \[K, C\] with C = 64, has \[128, 64, 1, 1\]"),
+    ("fprop", "weight", torch.zeros(128, 64).bfloat16(), r"weight must be of x's dtype"),
+    ("fprop", "weight", torch.zeros(64, 128).T, r"weight must be dense \(call .contiguous\(\)\)"),
+    ("fprop", "bn", torch.zeros(4, 64), r"bn must be \[4, K\] = \[4, 128\], has \[4, 64\]"),
+    ("fprop", "bn", torch.zeros(4, 128).double(), r"bn must be float32, has another dtype"),
+    ("fprop", "x", torch.zeros(2, 6, 64), r"x must be \[N, H, W, C\], has \[2, 6, 64\]"),
+    ("fprop", "x", torch.zeros(2, 6, 5, 64).half(), r"x must be float32, float64 or bfloat16"),
+    ("fprop", "x", torch.zeros(2, 64, 6, 5).permute(0, 2, 3, 1), r"x must be dense \[N, H, W, C\] \(call .contiguous"),
+    ("fprop", "stride", 0, r"stride must be at least 1, has 0"),
+    ("gram", "x", torch.zeros(4, 4), r"x must be \[N, H, W, C\]"),
+    (
+        "wgrad",
+        "g",
+        torch.zeros(2, 6, 5, 128),
+        r"g must be \[N, Ho, Wo, K\] with .* = \[2, 3, 3\], has \[2, 6, 5, 128\]",
+    ),
+    ("dgrad", "dx", torch.zeros(2, 6, 6, 64), r"dx must be of x's shape, has \[2, 6, 6, 64\]"),
+    ("dgrad", "dx", torch.zeros(2, 64, 6, 5).permute(0, 2, 3, 1), r"dx must be dense"),
+    ("dgrad", "u", torch.zeros(64, 128), r"u must be \[K, C\] = \[128, 64\], has \[64, 128\]"),
+    ("dgrad", "v", torch.zeros(32, 32), r"v must be \[C, C\] = \[64, 64\], has \[32, 32\]"),
+    ("dgrad", "k", torch.zeros(3), r"k must be \[C\] = \[64\], has \[3\]"),
+]
+
+
+@needs_library
+@pytest.mark.parametrize(("op", "name", "value", "message"), BAD)
+def test_bad_arguments_are_named(op, name, value, message):
+    t = {key: torch.zeros(size) for key, size in GOOD.items()} | {"k": torch.zeros(64), "stride": 2, name: value}
+    order = {"gram": "x", "fprop": "x weight bn", "wgrad": "g x", "dgrad": "dx g x u v k"}[op]
+    function = getattr(projection, f"projection_{op}")
+    with pytest.raises(RuntimeError, match=f"^projection_{op}: {message}"):
+        function(*[t[key] for key in order.split()], t["stride"])
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_every_instruction_set(capability):
+    """ATEN_CPU_CAPABILITY limits this library as it limits torch; MALLOC_PERTURB_ fills its working memory."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestDefinition"],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "MALLOC_PERTURB_": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_importing_does_not_load_the_library():
+    code = (
+        "import torch, fastres.kernels.projection as p\n"
+        "assert not hasattr(torch.ops.fastres_projection, 'gram')\n"
+        "assert p.available() or hasattr(torch.ops.fastres_projection, 'gram')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_available_says_why_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(projection, "_FOLDER", tmp_path)
+    available = projection.available.__wrapped__
+    assert available().startswith("not built: the package was not installed by its setup.py")
+
+    outcome = {"built": False, "reason": "no C++ compiler was found", "library": None, "torch": None}
+    (tmp_path / "_build.json").write_text(json.dumps(outcome))
+    assert available() == "not built: no C++ compiler was found"
+
+    outcome = {"built": True, "reason": None, "library": "libdamaged.so", "torch": "2.11.0"}
+    (tmp_path / "_build.json").write_text(json.dumps(outcome))
+    assert "libdamaged.so is missing, install the package again" in available()
+
+    (tmp_path / "libdamaged.so").write_text("no library")
+    assert "libdamaged.so, built for torch 2.11.0, does not load in torch" in available()
+
+
+def test_functions_say_why_the_extension_is_not_available(monkeypatch):
+    monkeypatch.setattr(projection, "available", lambda: "not built: no C++ compiler was found")
+    with pytest.raises(RuntimeError, match="projection extension is not available: not built: no C"):
+        projection.projection_gram(torch.zeros(1, 1, 1, 1), 1)
