@@ -12,11 +12,18 @@ from torch import nn
 import fastres
 from fastres.nn import Bottleneck, ConvBNReLU2d, StockBottleneck, StockConvBNReLU2d, projection_shortcut
 
-torch.set_num_threads(1)
-
 
 def hook(*args):
     pass
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors as small as these are slower on two threads, many times so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

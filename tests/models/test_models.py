@@ -12,8 +12,6 @@ import fastres
 from fastres import models
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, ZeroPadShortcut
 
-torch.set_num_threads(1)
-
 
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())

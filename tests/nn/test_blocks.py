@@ -11,8 +11,6 @@ from torch import nn
 
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stem, make_shortcut
 
-torch.set_num_threads(1)
-
 
 def basic(stride=1, shortcut="B", channels=(6, 6), **bn):
     norm = functools.partial(nn.BatchNorm2d, **bn)

@@ -12,8 +12,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stem, ZeroPadShortcut, projection_shortcut
 
-torch.set_num_threads(1)
-
 MODULES = {
     "basic_block": lambda: BasicBlock(4, 6, 2, ZeroPadShortcut(4, 6, 2)),
     "bottleneck": lambda: Bottleneck(4, 2, 2, projection_shortcut(4, 8, 2)),

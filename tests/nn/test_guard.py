@@ -13,8 +13,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import fastres
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stem, projection_shortcut
 
-torch.set_num_threads(1)
-
 SEEN = []
 
 

@@ -12,8 +12,6 @@ from torch import nn
 import fastres
 from fastres.nn.fused import FusedModule
 
-torch.set_num_threads(1)
-
 SHARED_MODELS = (
     "resnet18",
     "resnet34",
