@@ -11,7 +11,7 @@ PY := .venv/bin/python
 INSTALLED := .venv/installed
 # What an installation depends on; other Python files are used in place.
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt constraints-cpu.txt CMakeLists.txt \
-                  $(wildcard kernels/projection/*.cpp kernels/projection/*.h kernels/projection/*.cu kernels/projection/*.cuh)
+                  $(wildcard $(addprefix kernels/projection/*., cpp h cu cuh))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,7 +46,7 @@ $(INSTALLED): $(INSTALL_INPUTS)
 	    else suffix= extras=lint,test,train; fi; \
 	    $(PY) -m pip install --quiet -c constraints$$suffix.txt --no-build-isolation -e ".[$$extras]"; \
 	fi
-	@$(PY) -c "from fastres.kernels.projection import available as a; print('fastres: projection extension:', a() or 'built')"
+	@$(PY) -c "from fastres.kernels import projection; print('fastres: extension', projection.available() or 'built')"
 	@touch $@
 
 .PHONY: help demo test lint bench clean

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "python -m fastres explain resnet50 --input 8,3,224,224",
     )
     explain.add_argument("model", metavar="MODEL", help="one of fastres.models.names()")
-    explain.add_argument("--input", type=_shape, metavar="N,C,H,W", help="shape of the input that the plan is made for")
+    explain.add_argument("--input", type=_shape, metavar="N,C,H,W", help="show the shapes that this input gives")
 
     train = _command(
         commands,
@@ -110,11 +110,16 @@ def _explain(arguments) -> int:
     import fastres
     import fastres.models
 
+    channels = {} if arguments.input is None else {"in_channels": arguments.input[1]}
     try:
-        model = fastres.models.create(arguments.model)
+        model = fastres.models.create(arguments.model, **channels)
     except ValueError as error:
         raise UserError(f"argument MODEL: {error}") from error
-    print(fastres.explain(model, arguments.input))
+    try:
+        explanation = fastres.explain(model, arguments.input)
+    except ValueError as error:
+        raise UserError(f"argument --input: {error}") from error
+    print(explanation)
     return 0
 
 

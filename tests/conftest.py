@@ -9,6 +9,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure(config):
+    # What Triton's interpreter does inside numpy, and NaN and infinity there.
+    for ignored in (
+        "ignore:Conversion of an array with ndim > 0:DeprecationWarning",
+        "ignore:invalid value encountered:RuntimeWarning:triton.runtime.interpreter",
+    ):
+        config.addinivalue_line("filterwarnings", ignored)
+
+
 @pytest.fixture(scope="session")
 def compiled():
     """`compiled(family)`: the static figures of every case of a family on every part, made once."""

@@ -38,35 +38,29 @@ def masked(g: Tensor, z: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(g, z, 0)
 
 
-def _native_backward(g: Tensor, y: Tensor, gamma: Tensor, bn: Tensor, outputs: list[bool]) -> tuple:
-    """ATen's CPU batch norm backward: gradients of the input, gamma and beta as `outputs` asks."""
-    backward = torch.ops.aten.native_batch_norm_backward
-    return backward(nchw(g), nchw(y), gamma, None, None, bn[0], bn[1], True, 0.0, outputs)
-
-
 def bn_sums(g: Tensor, y: Tensor, bn: Tensor) -> Tensor:
     """sum g and sum g*(y - mean), `[1, 2, C]` in acc, in one read of both."""
     if g.is_cuda:
         reduce = torch.batch_norm_backward_reduce
         sum_g, centred, _, _ = reduce(nchw(g), nchw(y), bn[0], bn[1], None, True, False, False)
     else:
-        _, dgamma, sum_g = _native_backward(g, y, torch.ones_like(bn[0]), bn, [False, True, True])
-        centred = dgamma / bn[1]
+        # With rstd 1, the gradient of a batch norm's gamma is the centred sum itself.
+        one = torch.ones_like(bn[0])
+        backward = torch.ops.aten.native_batch_norm_backward
+        outputs = [False, True, True]
+        _, centred, sum_g = backward(nchw(g), nchw(y), one, None, None, bn[0], one, True, 0.0, outputs)
     return torch.stack([sum_g, centred]).unsqueeze(0)
 
 
 def bn_input_grad(g: Tensor, y: Tensor | None, bn: Tensor, grad: Tensor) -> Tensor:
-    """dy = scale*(g + b*y + c) in one pass, rounded once to g's dtype; without y (constant statistics) scale*g."""
+    """dy = scale*(g + b*y + c) in g's dtype; without y (constant statistics) scale*g."""
+    scale = bn[2]
     if y is None:
-        return affine(g, bn[2], torch.zeros_like(bn[2]))
-    gamma = bn[2] / bn[1]
-    if g.is_cuda:
-        count = torch.full((1,), rows(g).shape[0], dtype=torch.int32, device=g.device)
-        sums = grad[1], grad[0] / bn[1]
-        dy = torch.batch_norm_backward_elemt(nchw(g), nchw(y), bn[0], bn[1], gamma, *sums, count)
-    else:
-        dy, _, _ = _native_backward(g, y, gamma, bn, [True, False, False])
-    return nhwc(dy)
+        return affine(g, scale, torch.zeros_like(scale))
+    dy = affine(y, scale * grad[2], scale * grad[3])
+    if g.dtype == scale.dtype:
+        return dy.addcmul_(g, scale)
+    return dy.add_(affine(g, scale, torch.zeros_like(scale)))
 
 
 def matmul_acc(a: Tensor, b: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 //   row products     D[m, n] = sum_k A[m, k] B[k, n]   fprop (A = x_s, B = weight^T), dgrad (A = [g | x_s], B = [u; v])
 //   column products  D[i, j] = sum_m A[m, i] B[m, j]   wgrad (A = g, B = x_s), Gram (A = B = x_s - pivot)
 //
-// Both pack their operands into panels, [depth][tile_rows] and [depth][tile_columns], in the accumulation type: gathering
-// the strided pixels, widening bfloat16 and subtracting the pivot cost nothing beside that. One micro-kernel then holds a
+// Both pack their operands into panels, [depth][tile_rows] and [depth][tile_columns], in the accumulation type; the
+// strided pixels are gathered, bfloat16 widened and the pivot subtracted there. One micro-kernel then holds a
 // tile_rows x tile_columns tile in registers over the whole depth.
 //
 // The file is compiled once per instruction set, FASTRES_ISA naming the namespace. Everything but the table is in an
-// unnamed namespace and no standard template is instantiated: the linker would merge weak symbols of the three builds, and
-// an older processor could meet AVX-512 code.
+// unnamed namespace and no standard template is instantiated: the linker would merge weak symbols of the three builds,
+// and an older processor could meet AVX-512 code.
 //
 // Every sum is split by shape alone, never by the number of threads: results have the same bits for any thread count.
 
@@ -34,9 +34,9 @@ constexpr int tile_vectors = 2;
 template <class A>
 constexpr int tile_columns = tile_vectors * vector_bytes / static_cast<int>(sizeof(A));
 
-constexpr int64_t block = 96;           // a multiple of every tile_rows and tile_columns, so that Gram blocks are square
-constexpr int64_t wide_block = 3 * block;  // wgrad's columns per task: packing x_s once serves 96 channels of g
-constexpr int64_t slice = 256;          // rows summed in registers before they are added to memory
+constexpr int64_t block = 96;                // of a column product; a multiple of every tile_rows and tile_columns
+constexpr int64_t wide_block = 3 * block;    // wgrad's columns per task: packing g once serves 288 channels of x
+constexpr int64_t slice = 256;               // rows summed in registers before they are added to memory
 constexpr int64_t packed_bytes = 512 << 10;  // packed rows of one task, to stay in a second-level cache
 
 struct bfloat16 {
@@ -75,6 +75,15 @@ inline void narrow(float value, bfloat16& result) {  // to nearest even; NaN sta
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Range {
+  int64_t begin, end;
+  // The index-th piece of `size` of [0, limit).
+  static Range piece(int64_t index, int64_t size, int64_t limit) {
+    return {index * size, smaller((index + 1) * size, limit)};
+  }
+  int64_t size() const { return end - begin; }
+};
 
 template <class A>
 class Buffer {
@@ -120,8 +129,8 @@ struct Pixels {
   }
 };
 
-// panel[depth][width] from `count` rows of `depth` elements; rows past count are zero. Sixteen elements of a row at a time:
-// rows a power of two apart share cache sets, and a line must be used up before the next row evicts it.
+// panel[depth][width] from `count` rows of `depth` elements; rows past count are zero. Sixteen elements of a row at a
+// time: rows a power of two apart share cache sets, and a line must be used up before the next row evicts it.
 template <int width, class T, class A>
 void pack_rows(const T* const* rows, int64_t count, int64_t depth, A* __restrict panel) {
   for (int64_t k0 = 0; k0 < depth; k0 += 16) {
@@ -137,16 +146,16 @@ void pack_rows(const T* const* rows, int64_t count, int64_t depth, A* __restrict
   }
 }
 
-// Panels [depth][width], `stride` elements apart, from columns first .. last of `depth` rows, less shift[column] where shift
-// is not null; columns from last on are zero. Eight rows at a time, for the reason given at pack_rows.
+// Panels [depth][width], `stride` elements apart, from some columns of `depth` rows, less shift[column] where shift is
+// not null; columns beyond the range are zero. Eight rows at a time, for the reason given at pack_rows.
 template <int width, class T, class A>
-void pack_columns(const T* const* rows, int64_t depth, int64_t first, int64_t last, const A* shift, A* __restrict panels,
+void pack_columns(const T* const* rows, int64_t depth, Range columns, const A* shift, A* __restrict panels,
                   int64_t stride) {
   for (int64_t k0 = 0; k0 < depth; k0 += 8) {
     int64_t k1 = smaller(k0 + 8, depth);
     A* panel = panels;
-    for (int64_t column = first; column < last; column += width, panel += stride) {
-      int64_t count = last - column;
+    for (int64_t column = columns.begin; column < columns.end; column += width, panel += stride) {
+      int64_t count = columns.end - column;
       A offset[width];
       for (int i = 0; i < width; ++i) offset[i] = shift && i < count ? shift[column + i] : A(0);
       for (int64_t k = k0; k < k1; ++k) {
@@ -181,12 +190,13 @@ inline void multiply(const A* a, const A* b, int64_t depth, A* __restrict tile) 
 #pragma GCC unroll 12
   for (int i = 0; i < tile_rows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < tile_vectors; ++v) *reinterpret_cast<Vector*>(tile + i * tile_columns<A> + v * lanes) = sum[i][v];
+    for (int v = 0; v < tile_vectors; ++v)
+      *reinterpret_cast<Vector*>(tile + i * tile_columns<A> + v * lanes) = sum[i][v];
   }
 }
 
-// Row products: result(first_row, rows, first_column, columns, tile) for every tile of [a0 | a1] b, where b is packed in
-// panels of tile_columns (depth a0.channels + a1->channels) and a1 may be null.
+// Row products: result(first_row, rows, first_column, columns, tile) for every tile of [a0 | a1] b. a1 may be null; b
+// is packed in panels of tile_columns, its depth the channels of a0 and a1 together.
 template <class T, class A, class Result>
 void row_products(const Pixels<T>& a0, const Pixels<T>* a1, int64_t rows, const A* b, int64_t columns,
                   ParallelFor parallel_for, const Result& result) {
@@ -225,47 +235,49 @@ void row_products(const Pixels<T>& a0, const Pixels<T>* a1, int64_t rows, const 
 
 // How column products are shared out: blocks of the result times splits of the rows, about 64 tasks.
 struct Splits {
-  int64_t rows, count;
-  Splits(int64_t all_rows, int64_t blocks) {
+  int64_t all_rows, rows, count;
+  Splits(int64_t all_rows, int64_t blocks) : all_rows(all_rows) {
     int64_t wished = larger(1, 64 / blocks);
     rows = larger(4 * slice, divide_up(divide_up(all_rows, wished), slice) * slice);
     count = divide_up(all_rows, rows);
   }
+  Range operator[](int64_t split) const { return Range::piece(split, rows, all_rows); }
 };
 
-// sums[i, j] of a block: over rows [begin, end), columns i0 .. i1 of a and j0 .. j1 of b; row i starts at sums + i * ld.
-// shift is subtracted from both; totals, where not null, receives b's column sums; upper leaves out tiles below the diagonal.
+// sums[i, j] of one block, over a range of rows, columns i of a and j of b; row i starts at sums + i * ld. shift, where
+// not null, is subtracted from both. totals, where not null, receives b's column sums, and tiles below the diagonal are
+// left 0.
 template <class T, class A>
-void column_block(const Pixels<T>& a, const Pixels<T>& b, int64_t begin, int64_t end, int64_t i0, int64_t i1, int64_t j0,
-                  int64_t j1, const A* shift, A* sums, int64_t ld, A* totals, bool upper, A* packed_a, A* packed_b) {
+void column_block(const Pixels<T>& a, const Pixels<T>& b, Range rows, Range i, Range j, const A* shift, A* sums,
+                  int64_t ld, A* totals, A* packed_a, A* packed_b) {
   constexpr int width = tile_columns<A>;
   const T* pointers[slice];
   alignas(64) A tile[tile_rows * width];
-  for (int64_t i = i0; i < i1; ++i) {
-    for (int64_t j = j0; j < j1; ++j) sums[i * ld + j] = 0;
+  for (int64_t row = i.begin; row < i.end; ++row) {
+    for (int64_t column = j.begin; column < j.end; ++column) sums[row * ld + column] = 0;
   }
-  for (int64_t j = j0; totals && j < j1; ++j) totals[j] = 0;
-  for (int64_t row = begin; row < end; row += slice) {
-    int64_t depth = smaller(slice, end - row);
-    a.rows(row, depth, pointers);
-    pack_columns<tile_rows>(pointers, depth, i0, i1, shift, packed_a, tile_rows * slice);
-    b.rows(row, depth, pointers);
-    pack_columns<width>(pointers, depth, j0, j1, shift, packed_b, width * slice);
-    for (int64_t j = j0; totals && j < j1; j += width) {
-      A sum[width] = {};
-      const A* panel = packed_b + (j - j0) * slice;
-      for (int64_t k = 0; k < depth; ++k) {
-        for (int c = 0; c < width; ++c) sum[c] += panel[k * width + c];
+  for (int64_t column = j.begin; totals && column < j.end; ++column) totals[column] = 0;
+  for (int64_t first = rows.begin; first < rows.end; first += slice) {
+    int64_t depth = smaller(slice, rows.end - first);
+    a.rows(first, depth, pointers);
+    pack_columns<tile_rows>(pointers, depth, i, shift, packed_a, tile_rows * slice);
+    b.rows(first, depth, pointers);
+    pack_columns<width>(pointers, depth, j, shift, packed_b, width * slice);
+    for (int64_t column = j.begin; column < j.end; column += width) {
+      const A* panel = packed_b + (column - j.begin) * slice;
+      int64_t columns = smaller(width, j.end - column);
+      if (totals) {
+        A sum[width] = {};
+        for (int64_t k = 0; k < depth; ++k) {
+          for (int c = 0; c < width; ++c) sum[c] += panel[k * width + c];
+        }
+        for (int64_t c = 0; c < columns; ++c) totals[column + c] += sum[c];
       }
-      for (int64_t c = 0; c < smaller(width, j1 - j); ++c) totals[j + c] += sum[c];
-    }
-    for (int64_t j = j0; j < j1; j += width) {
-      for (int64_t i = i0; i < i1; i += tile_rows) {
-        if (upper && j + width <= i) continue;
-        multiply<A>(packed_a + (i - i0) * slice, packed_b + (j - j0) * slice, depth, tile);
-        int64_t columns = smaller(width, j1 - j);
-        for (int64_t r = 0; r < smaller(tile_rows, i1 - i); ++r) {
-          A* out = sums + (i + r) * ld + j;
+      for (int64_t row = i.begin; row < i.end; row += tile_rows) {
+        if (totals && column + width <= row) continue;
+        multiply<A>(packed_a + (row - i.begin) * slice, panel, depth, tile);
+        for (int64_t r = 0; r < smaller(tile_rows, i.end - row); ++r) {
+          A* out = sums + (row + r) * ld + column;
           for (int64_t c = 0; c < columns; ++c) out[c] += tile[r * width + c];
         }
       }
@@ -309,15 +321,14 @@ void gram(const Shape& s, const void* x, void* gram_out, void* total_out, void* 
       int64_t split = task / pairs, i = 0, j = task % pairs;
       while (j >= blocks - i) j -= blocks - i, ++i;  // pairs with j >= i, row by row
       j += i;
-      int64_t first = split * splits.rows;
-      column_block<T, A>(pixels, pixels, first, smaller(first + splits.rows, rows), i * block, smaller((i + 1) * block, c),
-                         j * block, smaller((j + 1) * block, c), pivot, splits.count > 1 ? parts + split * c * c : gram, c,
-                         i == j ? totals + split * c : nullptr, i == j, packed_a, packed_b);
+      column_block<T, A>(pixels, pixels, splits[split], Range::piece(i, block, c), Range::piece(j, block, c), pivot,
+                         splits.count > 1 ? parts + split * c * c : gram, c, i == j ? totals + split * c : nullptr,
+                         packed_a, packed_b);
     }
   });
   if (splits.count != 1) combine<A>(parts, splits.count, c * c, gram, parallel_for);
   combine<A>(totals, splits.count, c, total, parallel_for);
-  in_parallel(parallel_for, blocks, [&](int64_t begin, int64_t end) {  // mirror, block by block to stay in cache
+  in_parallel(parallel_for, blocks, [&](int64_t begin, int64_t end) {  // mirror block by block, to stay in cache
     for (int64_t i0 = begin * block; i0 < smaller(end * block, c); i0 += block) {
       for (int64_t j0 = 0; j0 <= i0; j0 += block) {
         for (int64_t i = i0; i < smaller(i0 + block, c); ++i) {
@@ -365,11 +376,10 @@ void wgrad(const Shape& s, const void* g, const void* x, void* p_, ParallelFor p
   in_parallel(parallel_for, splits.count * down * across, [&](int64_t begin, int64_t end) {
     Buffer<A> packed_a(slice * block), packed_b(slice * wide_block);
     for (int64_t task = begin; task < end; ++task) {
-      int64_t split = task / (down * across), i = task / across % down * block, j = task % across * wide_block;
-      int64_t first = split * splits.rows;
-      column_block<T, A>(a, b, first, smaller(first + splits.rows, s.rows()), i, smaller(i + block, s.k), j,
-                         smaller(j + wide_block, s.c), nullptr, splits.count > 1 ? parts + split * size : p, s.c, nullptr,
-                         false, packed_a, packed_b);
+      int64_t split = task / (down * across);
+      Range i = Range::piece(task / across % down, block, s.k), j = Range::piece(task % across, wide_block, s.c);
+      column_block<T, A>(a, b, splits[split], i, j, nullptr, splits.count > 1 ? parts + split * size : p, s.c, nullptr,
+                         packed_a, packed_b);
     }
   });
   if (splits.count != 1) combine<A>(parts, splits.count, size, p, parallel_for);
@@ -393,7 +403,7 @@ void dgrad(const Shape& s, void* dx_, const void* g, const void* x, const void* 
           int64_t row = first + i;
           rows[i] = row < s.k ? static_cast<const T*>(u) + row * s.c : static_cast<const T*>(v) + (row - s.k) * s.c;
         }
-        pack_columns<width, T, A>(rows, count, panel * width, smaller((panel + 1) * width, s.c), nullptr,
+        pack_columns<width, T, A>(rows, count, Range::piece(panel, width, s.c), nullptr,
                                   packed + (panel * depth + first) * width, 0);
       }
     }

@@ -1,4 +1,4 @@
-// Registers the projection ops with PyTorch through its stable ABI: one library for every torch >= 2.11 and every Python.
+// Registers the projection ops through PyTorch's stable ABI: one library for every torch >= 2.11 and every Python.
 // Checks arguments (messages name the op and the argument), allocates results, chooses the instruction set.
 
 #include <torch/csrc/stable/library.h>
@@ -70,7 +70,8 @@ class Arguments {
   }
 
   // t must be dense, of x's dtype, and have the sizes described, -1 standing for any.
-  void same_dtype(const char* name, const Tensor& t, std::initializer_list<int64_t> wanted, const std::string& described) {
+  void same_dtype(const char* name, const Tensor& t, std::initializer_list<int64_t> wanted,
+                  const std::string& described) {
     sized(name, t, wanted, described);
     require(t.scalar_type() == type_, name, "of x's dtype", "another");
   }
@@ -151,8 +152,9 @@ void dgrad_cpu(const Tensor& dx, const Tensor& g, const Tensor& x, const Tensor&
   a.same_dtype("u", u, {a.shape.k, c}, "[K, C] = " + list({a.shape.k, c}));
   if (v) a.same_dtype("v", *v, {c, c}, "[C, C] = " + list({c, c}));
   if (k) a.acc("k", *k, {c}, "[C] = " + list({c}));
-  cpu_kernels().dgrad(a.dtype, a.shape, dx.mutable_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), u.const_data_ptr(),
-                      v ? v->const_data_ptr() : nullptr, k ? k->const_data_ptr() : nullptr, parallel_for);
+  cpu_kernels().dgrad(a.dtype, a.shape, dx.mutable_data_ptr(), g.const_data_ptr(), x.const_data_ptr(),
+                      u.const_data_ptr(), v ? v->const_data_ptr() : nullptr, k ? k->const_data_ptr() : nullptr,
+                      parallel_for);
 }
 
 }  // namespace

@@ -45,6 +45,12 @@ def test_explain_names_the_blocks_of_a_model(capsys):
     assert all(name in out for name in ("layer1.0", "layer2.0", "layer3.0"))
 
 
+def test_explain_follows_an_input_through_the_model(capsys):
+    code, out, err = run(capsys, "explain", "cifar_resnet11_bottleneck", "--input", "2,1,28,28")
+    assert code == 0, err
+    assert all(shape in out for shape in ("2x1x28x28", "2x64x28x28", "2x128x14x14"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
