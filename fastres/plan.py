@@ -1,7 +1,7 @@
 """Which launcher runs each kernel of a fused unit: the one place where that is decided.
 
-A plan is a namespace `k` with one launcher per kernel name; the bodies in `fastres.functional` read `k.conv1x1(...)` and
-know nothing of backends.
+A plan is a namespace `k` with one launcher per kernel name; the bodies in `fastres.functional` read `k.conv1x1(...)`
+and know nothing of backends.
 """
 
 from __future__ import annotations

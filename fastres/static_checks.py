@@ -136,14 +136,16 @@ def figures(wanted: Iterable[Request], parts: Iterable[int] = PARTS) -> dict[tup
 
 def _worker() -> None:
     """Serve `figures`: jobs come by stdin, figures go to stdout, both as JSON."""
-    launches = [(_launches(Request(**request), part), part) for request, part in json.load(sys.stdin)]
+    jobs = [(Request(**request), part) for request, part in json.load(sys.stdin)]
+    made = [[(launch, part, _key(launch, part)) for launch in _launches(request, part)] for request, part in jobs]
     _cache_folder().mkdir(parents=True, exist_ok=True)
     # Of two processes that want the same the second waits, and finds it done. Threads suffice: most of the time goes to
     # the assembler and the disassembler, which are programs of their own.
     with open(_cache_folder() / "lock", "w") as lock, ThreadPoolExecutor() as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        compiling = [[pool.submit(_figures_of_launch, launch, part) for launch in made] for made, part in launches]
-        json.dump([[asdict(job.result()) for job in jobs] for jobs in compiling], sys.stdout)
+        distinct = {key: (launch, part) for launches in made for launch, part, key in launches}
+        compiling = {key: pool.submit(_figures_of_launch, *job, key) for key, job in distinct.items()}
+        json.dump([[asdict(compiling[key].result()) for _, _, key in launches] for launches in made], sys.stdout)
 
 
 @dataclass(frozen=True)
@@ -202,15 +204,27 @@ def _specialised(launch: _Launch) -> tuple[dict[str, str], dict[str, object], di
     return signature, constants, attributes
 
 
-def _figures_of_launch(launch: _Launch, part: int) -> Figures:
+def _key(launch: _Launch, part: int) -> str:
+    """A hash of all that the figures of a launch depend on."""
     import triton
 
-    specialised = _specialised(launch)
-    facts = _FORMAT, triton.__version__, part, launch.kernel.cache_key, specialised, launch.options, launch.grid
-    cached = _cache_folder() / f"{hashlib.sha256(repr(facts).encode()).hexdigest()}.json"
+    facts = (
+        _FORMAT,
+        triton.__version__,
+        part,
+        launch.kernel.cache_key,
+        _specialised(launch),
+        launch.options,
+        launch.grid,
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _figures_of_launch(launch: _Launch, part: int, key: str) -> Figures:
+    cached = _cache_folder() / f"{key}.json"
     if cached.exists():
         return Figures(**json.loads(cached.read_text()))
-    result = _compiled(launch, specialised, part)
+    result = _compiled(launch, part)
     with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
         json.dump(asdict(result), file)
     os.replace(file.name, cached)
@@ -221,12 +235,12 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastres" / "static"
 
 
-def _compiled(launch: _Launch, specialised: tuple, part: int) -> Figures:
+def _compiled(launch: _Launch, part: int) -> Figures:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = specialised
+    signature, constants, attributes = _specialised(launch)
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": 4, "num_stages": 3} | launch.options
     common = {

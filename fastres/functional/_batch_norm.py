@@ -13,7 +13,7 @@ CUMULATIVE = -1.0
 """What an operator's schema, which has no optional floats in lists, says for momentum=None."""
 
 TENSORS = 5
-"""Tensors of one batch norm among the flat arguments of an autograd.Function: gamma, beta, two running ones, counter."""
+"""Tensors of one batch norm among an autograd.Function's flat arguments: gamma, beta, two running ones, counter."""
 
 
 class BatchNormParams(NamedTuple):
@@ -52,7 +52,8 @@ def flatten(bns: Sequence[BatchNormParams]) -> tuple[BatchNormConfig, list[Tenso
 
 TRAIN_SCHEMA = (
     "Tensor?[] affine, Tensor?[] constants, Tensor(a!)[] running_mean, Tensor(b!)[] running_var, "
-    "Tensor(c!)[] num_batches_tracked, bool[] tracked, bool[] counted, bool[] batch_stats, float[] momentum, float[] eps"
+    "Tensor(c!)[] num_batches_tracked, bool[] tracked, bool[] counted, bool[] batch_stats, float[] momentum, "
+    "float[] eps"
 )
 CONST_SCHEMA = "Tensor?[] affine, Tensor?[] constants, float[] eps"
 
@@ -132,7 +133,7 @@ def needed(needs_state: Sequence[bool]) -> list[bool]:
 
 
 def state_grads(grads: Sequence[Tensor | None], flat_dtypes: Sequence, needs_state: Sequence[bool]) -> list:
-    """Gradients of the flat tensors from each batch norm's `grad` `[4, C]`: rows 0 and 1, in their parameter's dtype."""
+    """Gradients of the flat tensors from each batch norm's `grad` `[4, C]` (rows 0 and 1), in their dtypes."""
     result: list[Tensor | None] = []
     for index, grad in enumerate(grads):
         first = TENSORS * index

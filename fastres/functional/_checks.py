@@ -58,8 +58,8 @@ def check_identity(unit: str, x: Tensor, shape: tuple[int, int, int, int]) -> No
     """Raise ValueError when x cannot be its own shortcut."""
     if tuple(x.shape) != tuple(shape):
         raise ValueError(
-            f"{unit}: an identity shortcut needs an output of x's shape {tuple(x.shape)}, the block's is {tuple(shape)}; "
-            "pass a projection or a shortcut"
+            f"{unit}: an identity shortcut needs an output of x's shape {tuple(x.shape)}, the block's is "
+            f"{tuple(shape)}; pass a projection or a shortcut"
         )
 
 

@@ -50,9 +50,9 @@ def define(name: str, schema: str, body: Callable, fake: Callable) -> Callable:
 class ForwardOps:
     """A unit's forward as two operators, `<name>_train` and `<name>_const`, over one body.
 
-    inputs: schema of the tensors that come first. returns: schema of the results, the unit's output first. body and fake
-    are called as `(*inputs, bns, geometry, backend)`, with one `BatchNormParams` for each batch norm. They return NHWC
-    tensors; the operator returns the first, the unit's output, as `[N, C, H, W]`.
+    inputs: schema of the tensors that come first. returns: schema of the results, the unit's output first. body and
+    fake are called as `(*inputs, bns, geometry, backend)`, with one `BatchNormParams` for each batch norm. They return
+    NHWC tensors; the operator returns the first, the unit's output, as `[N, C, H, W]`.
     """
 
     def __init__(self, name: str, inputs: str, returns: str, body: Callable, fake: Callable):
@@ -89,9 +89,20 @@ class ForwardOps:
         return self.const(*inputs, *const_args(bn, state), list(geometry), backend)
 
 
-def weight_grad(grad: Tensor | None, weight: Tensor) -> Tensor | None:
+def weight_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """`grad` in the dtype, shape and strides of its parameter, so that autograd accumulates it without a copy."""
-    return None if grad is None else torch.empty_like(weight).copy_(grad.view(weight.shape))
+    return torch.empty_like(weight).copy_(grad.view(weight.shape))
+
+
+def weight_grads(
+    grads: Sequence[Tensor | None], weights: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """`weight_grad` where needed, else None; a block without projection has one weight less than `grads`."""
+    found = [
+        weight_grad(grad, weight) if needed else None
+        for grad, weight, needed in zip(grads[: len(weights)], weights, needs, strict=True)
+    ]
+    return found + [None] * (len(grads) - len(weights))
 
 
 def nhwc(x: Tensor) -> Tensor:

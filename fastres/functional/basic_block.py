@@ -1,7 +1,7 @@
 """The basic block: two 3x3 convolutions, each with batch norm, a shortcut and ReLUs.
 
-Source: He et al., "Deep Residual Learning for Image Recognition" (2015), figure 5 left. Saved for backward are x, y1, y2,
-out and small float32 matrices; docs/arithmetic.md derives the steps.
+Source: He et al., "Deep Residual Learning for Image Recognition" (2015), figure 5 left. Saved for backward are x, y1,
+y2, out and small float32 matrices; docs/arithmetic.md derives the steps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import plan
 from ._batch_norm import BatchNormConfig, BatchNormParams, finalize, flatten, fold, needed, state_grads
 from ._checks import check_identity, check_rows, check_shortcut, output_size, prepare_input
-from ._library import ForwardOps, define, nchw, nhwc, refuse_double_backward, weight_grad
+from ._library import ForwardOps, define, nchw, nhwc, refuse_double_backward, weight_grads
 
 
 class Config(NamedTuple):
@@ -106,8 +106,7 @@ def _backward(
     return (
         dx,
         g if need_shortcut else None,
-        *(weight_grad(dw, weight) if needed else None for dw, weight, needed in zip((dw1, dw2), weights, need_w)),
-        weight_grad(dw_p, weights[2]) if rest and need_w[2] else None,
+        *weight_grads((dw1, dw2, dw_p), weights, need_w),
         grad1,
         grad2,
         grad_p,
@@ -137,11 +136,10 @@ def _backward_fake(g, x, weights, out, y1, y2, bn1, bn2, bn_p, *rest):
     need_w, need_bn = need[: len(weights)], need[len(weights) :]
     need_1 = need_x or need_w[0] or need_bn[0]
     need_p = bn_p is not None and (need_x or need_w[2] or need_bn[2])
-    wanted = zip((x, out, *weights), (need_x, need_shortcut, *need_w))
+    wanted = zip((x, out, *weights), (need_x, need_shortcut, *need_w), strict=True)
     grads = [torch.empty_like(like) if needed else None for like, needed in wanted]
-    if len(weights) == 2:
-        grads.append(None)
-    vectors = zip((bn1, bn2, bn_p), (need_1, True, need_p))
+    grads += [None] * (3 - len(weights))
+    vectors = zip((bn1, bn2, bn_p), (need_1, True, need_p), strict=True)
     return *grads, *(torch.empty_like(bn) if needed else None for bn, needed in vectors)
 
 
@@ -233,7 +231,7 @@ def basic_block(
         weights.append(projection[0])
         bns.append(projection[1])
     shapes = [(n, c, h, w) for n, h, w, c in _output_shapes(x.permute(0, 2, 3, 1), weights, stride)]
-    for params, shape in zip(bns, (*shapes, shapes[1])):
+    for params, shape in zip(bns, (*shapes, shapes[1])[: len(bns)], strict=True):
         check_rows(params, shape)
     if shortcut is not None:
         shortcut = check_shortcut("basic_block", shortcut, shapes[1], x.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import plan
 from ._batch_norm import BatchNormConfig, BatchNormParams, finalize, flatten, fold, needed, state_grads
 from ._checks import check_identity, check_rows, check_shortcut, output_size, prepare_input
-from ._library import ForwardOps, define, nchw, nhwc, refuse_double_backward, weight_grad
+from ._library import ForwardOps, define, nchw, nhwc, refuse_double_backward, weight_grads
 
 
 class Geometry(NamedTuple):
@@ -134,8 +134,7 @@ def _backward(
     return (
         dx,
         g if need_shortcut else None,
-        *(weight_grad(dw, weight) if needed else None for dw, weight, needed in zip((dw1, dw2, dw3), weights, need_w)),
-        weight_grad(dw_p, weights[3]) if rest and need_w[3] else None,
+        *weight_grads((dw1, dw2, dw3, dw_p), weights, need_w),
         grad1,
         grad2,
         grad3,
@@ -158,7 +157,7 @@ def _forward_fake(x, weights, shortcut, bns, geometry, backend):
     vectors = [wide.new_empty(4, weight.shape[0]) for weight in weights]
     moments = [
         (wide.new_empty(c), wide.new_empty(c, c)) if bn.batch_stats else (None, None)
-        for bn, c in zip(bns[2:], (y2[3], x.shape[3]))
+        for bn, c in zip(bns[2:], (y2[3], x.shape[3])[: len(bns) - 2], strict=True)
     ]
     if len(weights) == 3:
         vectors.append(None)
@@ -172,11 +171,10 @@ def _backward_fake(g, x, weights, out, y1, y2, bn1, bn2, bn3, bn_p, *rest):
     need_1 = need_x or need_w[0] or need_bn[0]
     need_2 = need_1 or need_w[1] or need_bn[1]
     need_p = bn_p is not None and (need_x or need_w[3] or need_bn[3])
-    wanted = zip((x, out, *weights), (need_x, need_shortcut, *need_w))
+    wanted = zip((x, out, *weights), (need_x, need_shortcut, *need_w), strict=True)
     grads = [torch.empty_like(like) if needed else None for like, needed in wanted]
-    if len(weights) == 3:
-        grads.append(None)
-    vectors = zip((bn1, bn2, bn3, bn_p), (need_1, need_2, True, need_p))
+    grads += [None] * (4 - len(weights))
+    vectors = zip((bn1, bn2, bn3, bn_p), (need_1, need_2, True, need_p), strict=True)
     return *grads, *(torch.empty_like(bn) if needed else None for bn, needed in vectors)
 
 
@@ -192,8 +190,8 @@ _backward_op = define(
     "bottleneck_bwd",
     "(Tensor g, Tensor x, Tensor[] weights, Tensor out, Tensor y1, Tensor y2, Tensor bn1, Tensor bn2, Tensor bn3, "
     "Tensor? bn_p, Tensor? mean3, Tensor? scatter3, Tensor? mean_p, Tensor? scatter_p, bool[] batch_stats, "
-    "bool identity, bool[] needs, int[] geometry, str backend) -> (Tensor dx, Tensor dshortcut, Tensor dw1, Tensor dw2, "
-    "Tensor dw3, Tensor dw_p, Tensor grad1, Tensor grad2, Tensor grad3, Tensor grad_p)",
+    "bool identity, bool[] needs, int[] geometry, str backend) -> (Tensor dx, Tensor dshortcut, Tensor dw1, "
+    "Tensor dw2, Tensor dw3, Tensor dw_p, Tensor grad1, Tensor grad2, Tensor grad3, Tensor grad_p)",
     _backward,
     _backward_fake,
 )
@@ -279,7 +277,7 @@ def bottleneck(
         weights.append(projection[0])
         bns.append(projection[1])
     shapes = [(n, c, h, w) for n, h, w, c in _output_shapes(x.permute(0, 2, 3, 1), weights, geometry)]
-    for params, shape in zip(bns, (*shapes, shapes[2])):
+    for params, shape in zip(bns, (*shapes, shapes[2])[: len(bns)], strict=True):
         check_rows(params, shape)
     if shortcut is not None:
         shortcut = check_shortcut("bottleneck", shortcut, shapes[2], x.dtype)

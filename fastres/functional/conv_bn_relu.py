@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import plan
-from ._batch_norm import BatchNormConfig, BatchNormParams, finalize, flatten, needed, state_grads
+from ._batch_norm import BatchNormConfig, BatchNormParams, finalize, flatten, state_grads
 from ._checks import check_rows, output_size, prepare_input
 from ._library import ForwardOps, define, nchw, nhwc, refuse_double_backward, weight_grad
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from . import checkpoint, compare
 from .compare import Check, Costs
 from .errors import UserError
-from .options import Options, command
+from .options import Options, command, model_title
 
 STYLES = {"stock": {"color": "#6b7280", "linestyle": "-"}, "fused": {"color": "#d9480f", "linestyle": (0, (5, 2))}}
 CHECK_COLUMNS = ["check", "stock", "fused", "measured", "limit", "result"]
@@ -45,11 +45,11 @@ def write(
         costs: by variant.
         conditions: what the measurements depend on, see `fastres.info.machine`.
     """
-    where = f"{options.model} on {dataset_name}, {options.dtype}, batch {options.batch}"
+    where = f"{model_title(options)} on {dataset_name}, {options.dtype}, batch {options.batch}"
     _draw_losses(folder / "loss.png", rows, where)
     _draw_accuracy(folder / "accuracy.png", rows, where)
     _draw_costs(
-        folder / "costs.png", costs, f"{where}\n{conditions['device']}, {conditions['CPU threads']} CPU threads"
+        folder / "costs.png", costs, f"{where}\n{conditions['device']}, CPU threads: {conditions['CPU threads']}"
     )
     path = folder / "report.md"
     checkpoint.write_text(path, _markdown(checks, costs, options, dataset_name, conditions))
@@ -66,7 +66,7 @@ def _markdown(checks, costs, options, dataset_name, conditions) -> str:
     settings = {"dtype": options.dtype, "batch": str(options.batch), "memory format": options.memory_format}
     return "\n".join(
         [
-            f"# {options.model} on {dataset_name}: stock and fused, side by side",
+            f"# {model_title(options)} on {dataset_name}: stock and fused, side by side",
             "",
             _HOW,
             "",
@@ -129,31 +129,33 @@ def _save(figure, path: Path) -> None:
 
 
 def _draw_losses(path: Path, rows: list[dict], where: str) -> None:
-    figure = _figure(figsize=(8, 6))
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    figure = _figure(figsize=(9, 6.5))
+    axes = figure.subplot_mosaic([["loss", "loss"], ["first", "all"]], height_ratios=(3, 2))
     for variant, style in STYLES.items():
         steps, losses = zip(
             *((row["step"], row["loss"]) for row in rows if row["variant"] == variant and "loss" in row), strict=True
         )
-        top.plot(steps, losses, color=style["color"], alpha=0.2, linewidth=0.7)
-        top.plot(steps, _smooth(losses), label=variant, linewidth=1.8, **style)
-    top.set_ylabel(f"training loss\n(mean of {_SMOOTHING} steps; faint: each)")
-    top.set_title(f"Training loss: {where}")
-    top.legend()
+        axes["loss"].plot(steps, losses, color=style["color"], alpha=0.2, linewidth=0.7)
+        axes["loss"].plot(steps, _smooth(losses), label=variant, linewidth=1.8, **style)
+    axes["loss"].set_ylabel("training loss")
+    axes["loss"].set_xlabel(f"step (mean of {_SMOOTHING}; faint: each)")
+    axes["loss"].set_title(f"Training loss: {where}")
+    axes["loss"].legend()
+
     differences = compare.loss_differences(rows)
-    bottom.semilogy(list(differences), list(differences.values()), color="#364fc7", linewidth=0.9)
-    proved = min(compare.PROOF_STEPS, max(differences))
-    bottom.plot(
-        [1, proved],
-        [compare.LOSS_LIMIT] * 2,
-        color="black",
-        linewidth=1.5,
-        label=f"limit in the first {compare.PROOF_STEPS} steps",
-    )
-    bottom.set_ylabel("|fused - stock|")
-    bottom.set_xlabel("step")
-    bottom.legend()
-    _grid(top, bottom)
+    first = {step: value for step, value in differences.items() if step <= compare.PROOF_STEPS}
+    for name, shown, marker in (("first", first, "o"), ("all", differences, "")):
+        # Equal losses have no place on a logarithmic axis: they are drawn at a hundredth of float32's rounding.
+        heights = [max(value, 1e-9) for value in shown.values()]
+        axes[name].semilogy(list(shown), heights, color="#364fc7", linewidth=0.9, marker=marker, markersize=4)
+        axes[name].set_xlabel("step")
+    axes["first"].axhline(compare.LOSS_LIMIT, color="black", linewidth=1.2, label=f"limit {compare.LOSS_LIMIT:g}")
+    axes["first"].xaxis.get_major_locator().set_params(integer=True)
+    axes["first"].set_ylabel("|fused - stock|")
+    axes["first"].set_title(f"the first {compare.PROOF_STEPS} steps", fontsize="medium")
+    axes["first"].legend()
+    axes["all"].set_title("all steps", fontsize="medium")
+    _grid(*axes.values())
     _save(figure, path)
 
 

@@ -128,7 +128,9 @@ def _compare(run: Run, dataset, chosen: Options, folder: Path, device: torch.dev
     path = report.write(folder, run.rows, checks, costs, chosen, dataset.name, conditions)
     print(f"wrote {path} and its pictures")
     console.print_table(
-        f"{chosen.model} on {dataset.name}: stock and fused", report.CHECK_COLUMNS, report.check_rows(checks)
+        f"{options.model_title(chosen)} on {dataset.name}: stock and fused",
+        report.CHECK_COLUMNS,
+        report.check_rows(checks),
     )
     return 1 if any(check.ok is False for check in checks) else 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference._common import acc, acc_dtype, rows
+from ..reference._common import acc, acc_dtype
 
 
 def nchw(t: Tensor) -> Tensor:

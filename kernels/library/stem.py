@@ -12,7 +12,7 @@ from ._common import activation, bn_input_grad, nchw, nhwc
 
 
 def _window_origin(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of each pooled pixel's window within the image, `[Ho, 1, 1]` and `[Wo, 1]`; -1 lies in the padding."""
+    """First row `[Ho]` and first column `[Wo]` of each pooled pixel's window; -1 lies in the padding."""
     return tuple(2 * torch.arange(size, device=device) - 1 for size in shape[1:3])
 
 

@@ -84,7 +84,12 @@ def update_running_stats(
 
 
 def bn_constants(
-    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`bn` `[4, C]` for constant statistics (eval mode, frozen BN), in the accumulation dtype of `dtype`."""
     wide = acc_dtype(dtype)

@@ -1,7 +1,7 @@
-"""The 3x3 convolutions of a residual block: padding = dilation, square stride, and the passes that touch the same tiles.
+"""The 3x3 convolutions of a residual block (padding = dilation) and the passes that touch the same tiles.
 
-The BN + ReLU before the conv is formed on load in `conv3x3_wgrad`; the mask and the two sums that the same BN's backward
-needs come out of `conv3x3_dgrad`.
+The BN + ReLU before the conv is formed on load in `conv3x3_wgrad`; the mask and the two sums that the same BN's
+backward needs come out of `conv3x3_dgrad`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """SMs of the largest GPU of each part (A100, H200, B200): fixed, so that the order of sums is too."""
 
-
 PART_WITHOUT_GPU = 90
 """The part whose configurations serve tensors that are on no GPU: interpreted ones, and those of the meta device, whose
 launches `fastres.static_checks` records to compile them for each part in turn."""

@@ -46,13 +46,16 @@ class Unit(nn.Module):
                 nn.init.uniform_(bn.running_var, 0.5, 2.0)
 
     def weights_and_bns(self, count: int) -> list:
-        return [item for conv, bn in zip(self.convs[:count], self.bns) for item in (conv.weight, params(bn))]
+        pairs = zip(self.convs[:count], self.bns[:count], strict=True)
+        return [item for conv, bn in pairs for item in (conv.weight, params(bn))]
 
 
 class Bottleneck(Unit):
     size = (2, 7, 7)
 
-    def __init__(self, stride=1, projection=False, stride_on_1x1=False, groups=1, dilation=1, cin=16, scale=1, **bn_options):
+    def __init__(
+        self, stride=1, projection=False, stride_on_1x1=False, groups=1, dilation=1, cin=16, scale=1, **bn_options
+    ):
         cin, width, cout = cin * scale, 4 * scale, 16 * scale
         first, second = (stride, 1) if stride_on_1x1 else (1, stride)
         convs = [
@@ -212,7 +215,7 @@ def run_both():
             grads = {}
             if leaves:
                 found = torch.autograd.grad(out, list(leaves.values()), g, allow_unused=True)
-                grads = dict(zip(leaves, found))
+                grads = dict(zip(leaves, found, strict=True))
             results.append((out.detach(), grads, own.state_dict()))
         return results
 

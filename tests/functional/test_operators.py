@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fastres
 from fastres.kernels import library, reference
@@ -56,7 +56,7 @@ def test_compiles_as_one_graph_and_matches_eager(unit_name, make_unit, train):
         torch.testing.assert_close(compiled_x.grad, eager_x.grad, rtol=1e-12, atol=1e-12)
     for name, value in unit.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-12, atol=1e-12, msg=name)
-    for ours, theirs in zip(other.parameters(), unit.parameters()):
+    for ours, theirs in zip(other.parameters(), unit.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
@@ -69,7 +69,7 @@ def test_inductor_matches_eager(make_unit):
     compiled = function(x.requires_grad_())
     grads = torch.autograd.grad(compiled.sum(), [x, *other.parameters()])
     eager = torch.sigmoid(unit.fused(x * 2))
-    for ours, theirs in zip(grads, torch.autograd.grad(eager.sum(), [x, *unit.parameters()])):
+    for ours, theirs in zip(grads, torch.autograd.grad(eager.sum(), [x, *unit.parameters()]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(other.bns[2].running_var, unit.bns[2].running_var)
 
@@ -92,7 +92,8 @@ def test_three_way_error_is_within_twice_stocks(unit_name, make_unit, run_both, 
         if mode == "float32":
             size = (4, 9, 8)  # so few values that none comes close enough to zero for a flip
         # Stock's dilated bfloat16 wgrad is NaN on CPUs where channels are not a multiple of 16.
-        unit, x = make_unit(unit_name, dtype=dtype, seed=seed, size=size, scale=8 if unit_name == "conv3x3-dilated" else 4)
+        scale = 8 if unit_name == "conv3x3-dilated" else 4
+        unit, x = make_unit(unit_name, dtype=dtype, seed=seed, size=size, scale=scale)
         state = torch.get_rng_state()
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
             stock, ours = run_both(unit, x, backend=backend)

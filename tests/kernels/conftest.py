@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastres import cases
 from fastres.kernels import reference
+from fastres.numerics import assert_three_way
 
 
 def _cannot_run() -> str | None:
@@ -62,3 +64,28 @@ def poisoned(monkeypatch):
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+@pytest.fixture
+def compare(k, device):
+    """`compare(case, dtype, sizes, bounds)`: Triton's results of a case against the reference in float64.
+
+    They may be off by twice as much as the reference's in the same dtype. For results that it names, `bounds` gives
+    the bounds of each value's error instead, from the inputs in float64: for sums, whose order of additions is the
+    kernel's own.
+    """
+
+    def check(case, dtype, sizes, bounds=None):
+        t = case.make(cases.Maker(dtype, device), **sizes)
+        ours, stock = case.run(k, cases.copied(t)), case.run(reference, cases.copied(t))
+        exact = case.run(reference, cases.exact_inputs(t))
+        assert ours.keys() == exact.keys()
+        bounded = {} if bounds is None else bounds(cases.exact_inputs(t))
+        for result in exact:
+            assert ours[result].dtype == stock[result].dtype
+            if result in bounded:
+                assert ((ours[result] - exact[result]).abs() <= bounded[result]).all(), result
+            else:
+                assert_three_way(result, ours[result], stock[result], exact[result], dtype)
+
+    return check

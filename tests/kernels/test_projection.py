@@ -226,11 +226,18 @@ def test_nan_reaches_what_depends_on_it_and_nothing_else(dtype):
 
 
 @needs_library
-def test_infinity_and_overflow_round_as_torch_rounds():
-    x = torch.tensor([3.4e38, float("inf"), -float("inf"), 1e-40, 3.39e38], dtype=torch.float32)
-    bn = torch.tensor([[0.0], [1.0], [1.0], [0.0]])
-    ours = projection.projection_fprop(x.bfloat16().view(1, 1, 5, 1), torch.ones(1, 1).bfloat16(), bn, 1)
-    assert torch.equal(ours.flatten(), x.bfloat16())
+def test_bfloat16_results_are_rounded_as_torch_rounds():
+    upper = torch.arange(2**16, dtype=torch.int64)[:, None]
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])  # below, at and above a tie; NaN with any payload
+    bits = (upper * 2**16 + lower).flatten()
+    values = torch.where(bits < 2**31, bits, bits - 2**32).to(torch.int32).view(torch.float32)
+    values = values[values.isnan() | ~values.isfinite() | (values.abs() > 2.0**-126)]  # no flushed subnormals
+    one = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    bn = torch.stack([values, values, values, torch.full_like(values, -0.0)])
+    ours = projection.projection_fprop(one, torch.ones(len(values), 1).bfloat16(), bn, 1).flatten()
+    nan = values.isnan()
+    assert ours[nan].isnan().all()
+    assert torch.equal(ours[~nan].view(torch.int16), values[~nan].bfloat16().view(torch.int16))
 
 
 @needs_library
@@ -288,7 +295,7 @@ def test_bad_arguments_are_named(op, name, value, message):
 def test_every_instruction_set(capability):
     """ATEN_CPU_CAPABILITY limits this library as it limits torch; MALLOC_PERTURB_ fills its working memory."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "stride2", f"{__file__}::TestDefinition"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "stride2", f"{__file__}::TestDefinition"],
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "MALLOC_PERTURB_": "1"},
         capture_output=True,
         text=True,

@@ -59,8 +59,6 @@ def test_all_programs_run_at_the_same_time(launches):
 
 
 SIZES = {
-    "one channel": {"n": 2, "h": 3, "w": 3, "c": 1},
-    "one row": {"n": 1, "h": 1, "w": 1, "c": 64},
     "one value": {"n": 1, "h": 1, "w": 1, "c": 1},
     "channels that are no multiple of 16": {"n": 2, "h": 3, "w": 3, "c": 24},
     "2**32 rows": {"n": 4096, "h": 1024, "w": 1024, "c": 16},
