@@ -217,6 +217,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"x must have {x.shape[1]} channels .* has {x.shape[1] + 1}"):
             unit.fused(torch.cat([x, x[:, :1]], 1))
 
+    def test_empty(self, name, make_unit):
+        unit, x = make_unit(name)
+        with pytest.raises(ValueError, match=r"x is empty, \(0, "):
+            unit.fused(x[:0])
+
     def test_dtype(self, name, make_unit):
         unit, x = make_unit(name)
         with pytest.raises(TypeError, match="x is torch.float32 but the weights are torch.float64"):
