@@ -8,6 +8,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# The tensors of the tests are small: a second thread costs more than it brings, the more so beside other workers.
+torch.set_num_threads(1)
+
 
 def pytest_configure(config):
     # What Triton's interpreter does inside numpy, and NaN and infinity there.

@@ -24,7 +24,7 @@ def prepare_input(unit: str, x: Tensor, conv_weight: Tensor, groups: int = 1) ->
             f"{unit}: x must have {channels} channels (dimension 1), as the first conv's weight does, has {x.shape[1]}"
         )
     if x.numel() == 0:
-        raise ValueError(f"{unit}: x is empty, {tuple(x.shape)}; skip it, or use the fastres.nn module, which runs stock then")
+        raise ValueError(f"{unit}: x is empty, {tuple(x.shape)}; skip it, or use the fastres.nn module, which takes it")
     if x.device != conv_weight.device:
         raise ValueError(f"{unit}: x is on {x.device} but the weights are on {conv_weight.device}; move one of them")
     if x.dtype not in DTYPES:
