@@ -16,6 +16,13 @@ from . import backends
 
 ENVIRONMENT_VARIABLE = "FASTRES_BACKEND"
 
+# Where the extension's CPU kernels were faster than the library's in benchmarks/kernels/test_projection.py (one thread
+# of an AMD EPYC with AVX-512): everywhere in float32; in bfloat16 oneDNN multiplies natively and keeps all but the Gram.
+_EXTENSION_ON_CPU = {
+    torch.float32: ("projection_gram", "projection_fprop", "projection_wgrad", "projection_dgrad"),
+    torch.bfloat16: ("projection_gram",),
+}
+
 
 def requested(backend: str) -> str:
     """The backend to use: FASTRES_BACKEND where it is set, else `backend`. ValueError when it names none."""
@@ -37,9 +44,11 @@ def resolve(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> 
 def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamespace:
     modules = [backends.load(namespace) for namespace in _preference(dtype, device_type, backend)]
     names = backends.load("reference").__all__
-    return SimpleNamespace(
-        **{name: next(getattr(module, name) for module in modules if hasattr(module, name)) for name in names}
-    )
+    chosen = {name: next(getattr(module, name) for module in modules if hasattr(module, name)) for name in names}
+    if backend == "auto" and device_type == "cpu" and backends.available()["projection"] is None:
+        extension = backends.load("projection")
+        chosen |= {name: getattr(extension, name) for name in _EXTENSION_ON_CPU.get(dtype, ())}
+    return SimpleNamespace(**chosen)
 
 
 def _preference(dtype: torch.dtype, device_type: str, backend: str) -> tuple[str, ...]:

@@ -80,7 +80,14 @@ def relative(value, exact):
 
 @pytest.mark.parametrize(
     ("mode", "backend"),
-    [("autocast", "library"), ("autocast", "reference"), ("float16", "reference"), ("float32", "library")],
+    [
+        ("autocast", "auto"),
+        ("autocast", "library"),
+        ("autocast", "reference"),
+        ("float16", "reference"),
+        ("float32", "auto"),
+        ("float32", "library"),
+    ],
 )
 def test_three_way_error_is_within_twice_stocks(unit_name, make_unit, run_both, mode, backend):
     """||ours - exact|| <= 2 ||stock - exact|| + eps/8 ||exact||, exact in float64 from the same rounded inputs."""

@@ -1,0 +1,70 @@
+"""Which launchers a plan holds."""
+
+import pytest
+import torch
+
+from fastres import backends, plan
+from fastres.kernels import library, reference
+
+CPU = torch.device("cpu")
+PROJECTION = ("projection_gram", "projection_fprop", "projection_wgrad", "projection_dgrad")
+
+
+@pytest.fixture(autouse=True)
+def fresh_plans(monkeypatch):
+    monkeypatch.delenv(plan.ENVIRONMENT_VARIABLE, raising=False)
+    plan._resolve.cache_clear()
+    yield
+    plan._resolve.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["auto", "reference", "library"])
+def test_a_plan_has_every_kernel(dtype, backend):
+    assert set(vars(plan.resolve(dtype, CPU, backend))) == set(reference.__all__)
+
+
+def test_namespaces_offer_only_kernels_that_the_reference_defines():
+    for name in backends.NAMESPACES[1:]:
+        if name == "triton" and backends.available()["triton"] is not None:
+            continue
+        offered = set(backends.load(name).__all__) - {"available"}
+        assert offered <= set(reference.__all__), name
+
+
+def test_float64_is_always_the_reference():
+    assert set(plan.origins(torch.float64, CPU, "library").values()) == {"reference"}
+    assert plan.resolve(torch.float32, CPU, "reference").conv2d is reference.conv2d
+
+
+def test_auto_on_a_cpu_takes_the_library_and_the_extension_where_it_is_faster(monkeypatch):
+    available = {"reference": None, "library": None, "triton": "no", "projection": None}
+    monkeypatch.setattr(backends, "available", lambda: available)
+    assert plan.resolve(torch.float32, CPU).conv2d is library.conv2d
+    origins = plan.origins(torch.float32, CPU)
+    assert {origins[name] for name in PROJECTION} == {"projection"}
+    assert plan.origins(torch.bfloat16, CPU)["projection_gram"] == "projection"
+    assert plan.origins(torch.bfloat16, CPU)["projection_fprop"] == "library"
+    available["projection"] = "not built"
+    plan._resolve.cache_clear()
+    assert plan.origins(torch.float32, CPU)["projection_gram"] == "library"
+
+
+def test_triton_by_name_raises_with_the_reason_where_it_cannot_run(monkeypatch):
+    reason = backends.available()["triton"]
+    if reason is not None:
+        with pytest.raises(RuntimeError, match=f"backend='triton' cannot run on this machine: {reason}"):
+            plan.resolve(torch.float32, CPU, "triton")
+    monkeypatch.setattr(backends, "available", lambda: dict.fromkeys(backends.NAMESPACES))
+    with pytest.raises(RuntimeError, match="needs CUDA tensors, got cpu"):
+        plan.resolve(torch.float32, CPU, "triton")
+    with pytest.raises(RuntimeError, match="no float64 kernels"):
+        plan.resolve(torch.float64, torch.device("cuda"), "triton")
+
+
+def test_the_environment_overrides_the_argument(monkeypatch):
+    monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "reference")
+    assert plan.resolve(torch.float32, CPU, "library").conv2d is reference.conv2d
+    monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "cudnn")
+    with pytest.raises(ValueError, match="backend='cudnn' is not known; use one of 'auto'"):
+        plan.resolve(torch.float32, CPU)
