@@ -17,7 +17,7 @@ from . import backends
 ENVIRONMENT_VARIABLE = "FASTRES_BACKEND"
 
 # Where the extension's CPU kernels were faster than the library's in benchmarks/kernels/test_projection.py (one thread
-# of an AMD EPYC with AVX-512): everywhere in float32; in bfloat16 oneDNN multiplies natively and keeps all but the Gram.
+# of an AMD EPYC with AVX-512): all in float32; in bfloat16, where oneDNN multiplies natively, only the Gram.
 _EXTENSION_ON_CPU = {
     torch.float32: ("projection_gram", "projection_fprop", "projection_wgrad", "projection_dgrad"),
     torch.bfloat16: ("projection_gram",),

@@ -233,13 +233,13 @@ void row_products(const Pixels<T>& a0, const Pixels<T>* a1, int64_t rows, const 
   });
 }
 
-// How column products are shared out: blocks of the result times splits of the rows, about 64 tasks.
+// How column products are shared out: blocks of the result times equal splits of the rows; about 64 tasks, but no split
+// so short that adding the splits up would show.
 struct Splits {
   int64_t all_rows, rows, count;
   Splits(int64_t all_rows, int64_t blocks) : all_rows(all_rows) {
-    int64_t wished = larger(1, 64 / blocks);
-    rows = larger(4 * slice, divide_up(divide_up(all_rows, wished), slice) * slice);
-    count = divide_up(all_rows, rows);
+    count = larger(1, smaller(64 / larger(1, blocks), all_rows / (2 * slice)));
+    rows = divide_up(all_rows, count);
   }
   Range operator[](int64_t split) const { return Range::piece(split, rows, all_rows); }
 };
@@ -257,8 +257,9 @@ void column_block(const Pixels<T>& a, const Pixels<T>& b, Range rows, Range i, R
     for (int64_t column = j.begin; column < j.end; ++column) sums[row * ld + column] = 0;
   }
   for (int64_t column = j.begin; totals && column < j.end; ++column) totals[column] = 0;
-  for (int64_t first = rows.begin; first < rows.end; first += slice) {
-    int64_t depth = smaller(slice, rows.end - first);
+  int64_t step = divide_up(rows.size(), larger(1, divide_up(rows.size(), slice)));
+  for (int64_t first = rows.begin; first < rows.end; first += step) {
+    int64_t depth = smaller(step, rows.end - first);
     a.rows(first, depth, pointers);
     pack_columns<tile_rows>(pointers, depth, i, shift, packed_a, tile_rows * slice);
     b.rows(first, depth, pointers);
@@ -313,7 +314,7 @@ void gram(const Shape& s, const void* x, void* gram_out, void* total_out, void* 
     pivot[i] = static_cast<A>(count ? sum / static_cast<double>(count) : 0);
   }
   int64_t blocks = divide_up(c, block), pairs = blocks * (blocks + 1) / 2;
-  Splits splits(rows, larger(1, pairs));
+  Splits splits(rows, pairs);
   Buffer<A> parts(splits.count > 1 ? splits.count * c * c : 0), totals(splits.count * c);
   in_parallel(parallel_for, splits.count * pairs, [&](int64_t begin, int64_t end) {
     Buffer<A> packed_a(slice * block), packed_b(slice * block);
@@ -326,7 +327,7 @@ void gram(const Shape& s, const void* x, void* gram_out, void* total_out, void* 
                          packed_a, packed_b);
     }
   });
-  if (splits.count != 1) combine<A>(parts, splits.count, c * c, gram, parallel_for);
+  if (splits.count > 1) combine<A>(parts, splits.count, c * c, gram, parallel_for);
   combine<A>(totals, splits.count, c, total, parallel_for);
   in_parallel(parallel_for, blocks, [&](int64_t begin, int64_t end) {  // mirror block by block, to stay in cache
     for (int64_t i0 = begin * block; i0 < smaller(end * block, c); i0 += block) {
@@ -371,7 +372,7 @@ void wgrad(const Shape& s, const void* g, const void* x, void* p_, ParallelFor p
   A* p = static_cast<A*>(p_);
   auto a = Pixels<T>::dense(g, s), b = Pixels<T>::strided(x, s);
   int64_t down = divide_up(s.k, block), across = divide_up(s.c, wide_block), size = s.k * s.c;
-  Splits splits(s.rows(), larger(1, down * across));
+  Splits splits(s.rows(), down * across);
   Buffer<A> parts(splits.count > 1 ? splits.count * size : 0);
   in_parallel(parallel_for, splits.count * down * across, [&](int64_t begin, int64_t end) {
     Buffer<A> packed_a(slice * block), packed_b(slice * wide_block);
@@ -382,7 +383,7 @@ void wgrad(const Shape& s, const void* g, const void* x, void* p_, ParallelFor p
                          packed_a, packed_b);
     }
   });
-  if (splits.count != 1) combine<A>(parts, splits.count, size, p, parallel_for);
+  if (splits.count > 1) combine<A>(parts, splits.count, size, p, parallel_for);
 }
 
 template <class T>
