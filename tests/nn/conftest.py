@@ -12,15 +12,6 @@ import fastres
 from fastres import functional
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors as small as these are slower on two threads, many times so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def fused_calls(monkeypatch):
     """Counts the calls of each function of `fastres.functional` by name."""
