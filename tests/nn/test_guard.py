@@ -166,8 +166,9 @@ def test_converted_sync_batch_norm(fused_calls):
         (Stem(), "maxpool", {"kernel_size": 2}, "maxpool is not 3x3 with stride 2 and padding 1"),
         (Stem(), "maxpool", {"ceil_mode": True}, "maxpool is not 3x3 with stride 2 and padding 1"),
         (Stem(), "relu", {"forward": torch.relu}, "relu has a forward of its own"),
+        (BasicBlock(4, 4), "bn1", {"running_var": None}, "bn1 has only one of running_mean and running_var"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
 def test_other_geometries(module, child, change, reason):
     module = copy.deepcopy(module)
