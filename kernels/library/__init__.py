@@ -11,7 +11,7 @@ from .conv3x3 import conv3x3, conv3x3_dgrad, conv3x3_wgrad
 from .expand import expand, expand_dgrad, expand_wgrad
 from .gram import gram
 from .projection import projection_dgrad, projection_fprop, projection_gram, projection_wgrad
-from .stem import stem_pool, stem_pool_bwd
+from .stem import stem_pool
 
 __all__ = [
     "bn_act",
@@ -36,5 +36,4 @@ __all__ = [
     "projection_gram",
     "projection_wgrad",
     "stem_pool",
-    "stem_pool_bwd",
 ]
