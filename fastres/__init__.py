@@ -12,11 +12,11 @@ import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import backends, functional, memory, models, nn, plan
+    from . import backends, cost, functional, memory, models, nn, plan
     from .conversion import convert, revert
     from .explanation import explain
 
-__all__ = ["backends", "convert", "explain", "functional", "memory", "models", "nn", "plan", "revert"]
+__all__ = ["backends", "convert", "cost", "explain", "functional", "memory", "models", "nn", "plan", "revert"]
 __version__ = importlib.metadata.version("fastres")
 
 _FUNCTIONS = {"convert": ".conversion", "explain": ".explanation", "revert": ".conversion"}

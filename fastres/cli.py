@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from .parts import PARTS
 from .train import options
 from .train.errors import UserError
 
@@ -58,16 +59,45 @@ def _parser() -> argparse.ArgumentParser:
         "python -m fastres verify",
     )
 
+    inspect = _command(
+        commands,
+        "inspect",
+        _inspect,
+        "registers, spills, memory and instructions of every Triton kernel, compiled for GPUs that need not be there",
+        "python -m fastres inspect",
+        "python -m fastres inspect --part h200 rtx4090 --kernel bn_act",
+        "python -m fastres inspect --family batch_norm --part 100 --json",
+    )
+    inspect.add_argument(
+        "--part",
+        nargs="+",
+        default=["80", "90"],
+        metavar="PART",
+        help="compute capabilities, such as 90, or GPUs, such as h200 (default: 80 90)",
+    )
+    inspect.add_argument("--family", metavar="NAME", help="only this family of kernels, such as batch_norm")
+    inspect.add_argument("--kernel", metavar="NAME", help="only the cases that call this kernel, such as bn_act")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
     explain = _command(
         commands,
         "explain",
         _explain,
-        "how each block of a model is fused, or why not",
+        "how each block of a model is fused, or why not, and what a training step moves and computes",
         "python -m fastres explain resnet50",
-        "python -m fastres explain resnet50 --input 8,3,224,224",
+        "python -m fastres explain resnet50 --batch 256",
+        "python -m fastres explain resnet18 --input 64,3,512,512 --part a100 --dtype fp16",
     )
     explain.add_argument("model", metavar="MODEL", help="one of fastres.models.names()")
-    explain.add_argument("--input", type=_shape, metavar="N,C,H,W", help="show the shapes that this input gives")
+    images = explain.add_mutually_exclusive_group()
+    images.add_argument(
+        "--batch", type=options.positive, metavar="N", help="count a training step of N images of the usual size"
+    )
+    images.add_argument("--input", type=_shape, metavar="N,C,H,W", help="the same for images of any size")
+    explain.add_argument(
+        "--part", choices=list(PARTS), default="h200", help="the GPU whose floor times are shown (default: h200)"
+    )
+    explain.add_argument("--dtype", choices=options.DTYPES, default="bf16", help="of the activations (default: bf16)")
 
     train = _command(
         commands,
@@ -80,6 +110,24 @@ def _parser() -> argparse.ArgumentParser:
         "python -m fastres train --resume runs/cifar_resnet20/checkpoint.pt",
     )
     options.add_arguments(train)
+
+    report = _command(
+        commands,
+        "report",
+        _report,
+        "write result files of the benchmarks as Markdown and pictures, and compare them with earlier ones",
+        "python -m fastres report benchmarks/results/nvidia-h200",
+        "python -m fastres report kernels.json models.json --out report",
+        "python -m fastres report new --compare old     # exit code 1 when something of fastres got slower",
+    )
+    report.add_argument(
+        "results",
+        nargs="+",
+        metavar="RESULTS",
+        help="result files of one device, or folders with a results.json; of rows in several the last file's count",
+    )
+    report.add_argument("--compare", metavar="EARLIER", help="a result file or folder to compare with")
+    report.add_argument("--out", metavar="DIR", help="where report.md goes (default: the folder of the first RESULTS)")
     return parser
 
 
@@ -110,23 +158,43 @@ def _explain(arguments) -> int:
     import fastres
     import fastres.models
 
-    channels = {} if arguments.input is None else {"in_channels": arguments.input[1]}
+    shape = arguments.input
+    if arguments.batch is not None:
+        shape = (arguments.batch, *fastres.models.image_shape(arguments.model))
+    channels = {} if shape is None else {"in_channels": shape[1]}
     try:
         model = fastres.models.create(arguments.model, **channels)
     except ValueError as error:
         raise UserError(f"argument MODEL: {error}") from error
     try:
-        explanation = fastres.explain(model, arguments.input)
+        explanation = fastres.explain(model, shape)
     except ValueError as error:
         raise UserError(f"argument --input: {error}") from error
     print(explanation)
+    if shape is not None:
+        from . import cost
+        from .train.engine import DTYPES
+
+        print(f"\n{cost.compare(model, shape, DTYPES[arguments.dtype], PARTS[arguments.part])}")
     return 0
+
+
+def _inspect(arguments) -> int:
+    from . import inspection
+
+    return inspection.main(arguments)
 
 
 def _verify(arguments) -> int:
     from . import verify
 
     return verify.main(arguments)
+
+
+def _report(arguments) -> int:
+    from .measure import report
+
+    return report.main(arguments)
 
 
 def _train(arguments) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from . import backends, plan
 from .conversion import Unit, find_units
 from .nn.fused import FusedModule
+from .text import aligned
 
 
 class Row(NamedTuple):
@@ -53,11 +54,7 @@ class Explanation:
         if table:
             table.insert(0, ("path", "unit", "status", "input", "backend", "reason"))
             columns = [column for column in zip(*table, strict=True) if any(column[1:])]
-            widths = [max(map(len, column)) for column in columns]
-            for cells in zip(*columns, strict=True):
-                lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
-            lines.insert(1, "  ".join("-" * width for width in widths))
-            lines.append("")
+            lines = [*aligned(list(zip(*columns, strict=True))), ""]
         return "\n".join(lines + self.notes)
 
     __repr__ = __str__

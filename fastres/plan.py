@@ -6,8 +6,11 @@ and know nothing of backends.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
@@ -25,6 +28,9 @@ _EXTENSION_ON_CPU = {
 }
 
 
+_wrap: Callable[[SimpleNamespace], SimpleNamespace] | None = None
+
+
 def requested(backend: str) -> str:
     """The backend to use: FASTRES_BACKEND where it is set, else `backend`. ValueError when it names none."""
     name = os.environ.get(ENVIRONMENT_VARIABLE) or backend
@@ -33,12 +39,24 @@ def requested(backend: str) -> str:
 
 
 def resolve(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> SimpleNamespace:
-    """The launchers for activations of this dtype and device.
+    """The launchers for activations of this dtype and device; on the meta device those of a GPU, for counting.
 
     Raises RuntimeError when an explicitly requested backend cannot run there; "auto" takes the next best.
     `origins(...)` tells which namespace each launcher is from.
     """
-    return _resolve(dtype, device.type, requested(backend))
+    k = _resolve(dtype, device.type, requested(backend))
+    return k if _wrap is None else _wrap(k)
+
+
+@contextlib.contextmanager
+def wrapping(wrap: Callable[[SimpleNamespace], SimpleNamespace]) -> Iterator[None]:
+    """Inside, `resolve` gives `wrap(k)` in place of k: how a unit's kernel calls are counted."""
+    global _wrap
+    before, _wrap = _wrap, wrap
+    try:
+        yield
+    finally:
+        _wrap = before
 
 
 @functools.cache
@@ -55,20 +73,31 @@ def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamesp
 def _preference(dtype: torch.dtype, device_type: str, backend: str) -> tuple[str, ...]:
     """Namespaces in the order in which a kernel is looked for."""
     if backend == "triton":
-        backends.require("triton")
-        if device_type != "cuda":
+        if device_type != "meta":
+            backends.require("triton")
+        if device_type == "cpu":
             raise RuntimeError(f"backend='triton' needs CUDA tensors, got {device_type}; move the model or use 'auto'")
         if dtype == torch.float64:
             raise RuntimeError("backend='triton' has no float64 kernels; use backend='auto' or 'reference'")
     # float64 is where numbers are proved: always the definition itself.
     if backend == "reference" or dtype == torch.float64:
         return ("reference",)
-    if backend == "triton" or (backend == "auto" and device_type == "cuda" and backends.available()["triton"] is None):
+    if backend == "triton" or (backend == "auto" and _has_triton(device_type)):
         return ("triton", "library", "reference")
     return ("library", "reference")
 
 
+def _has_triton(device_type: str) -> bool:
+    if device_type == "meta":
+        return importlib.util.find_spec("triton") is not None
+    return device_type == "cuda" and backends.available()["triton"] is None
+
+
 def origins(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> dict[str, str]:
     """Kernel name -> the namespace whose launcher `resolve` chose."""
-    chosen = vars(resolve(dtype, device, backend))
-    return {name: launcher.__module__.split(".kernels.")[1].split(".")[0] for name, launcher in chosen.items()}
+    return {name: origin(launcher) for name, launcher in vars(resolve(dtype, device, backend)).items()}
+
+
+def origin(launcher: Callable) -> str:
+    """The namespace of `fastres.kernels` that a launcher is from."""
+    return launcher.__module__.split(".kernels.")[1].split(".")[0]

@@ -1,5 +1,7 @@
 """Which launchers a plan holds."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -68,3 +70,11 @@ def test_the_environment_overrides_the_argument(monkeypatch):
     monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "cudnn")
     with pytest.raises(ValueError, match="backend='cudnn' is not known; use one of 'auto'"):
         plan.resolve(torch.float32, CPU)
+
+
+def test_the_meta_device_stands_for_a_gpu():
+    expected = "library" if importlib.util.find_spec("triton") is None else "triton"
+    meta = torch.device("meta")
+    assert plan.origins(torch.bfloat16, meta)["bn_act"] == expected
+    assert plan.origins(torch.bfloat16, meta, "library")["bn_act"] == "library"
+    assert set(plan.origins(torch.float64, meta).values()) == {"reference"}

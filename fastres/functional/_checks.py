@@ -29,7 +29,7 @@ def prepare_input(unit: str, x: Tensor, conv_weight: Tensor, groups: int = 1) ->
         raise ValueError(f"{unit}: x is on {x.device} but the weights are on {conv_weight.device}; move one of them")
     if x.dtype not in DTYPES:
         raise TypeError(f"{unit}: x must be float64, float32, bfloat16 or float16, is {x.dtype}")
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         # Like autocast's convolution: float64 is left alone.
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -25,6 +25,9 @@ from ._batch_norm import (
 # A module global: when a Library object is collected its operators go with it.
 LIBRARY = torch.library.Library("fastres", "DEF")
 
+BODIES: dict[object, Callable] = {}
+"""Each operator with its body, for counting what a unit moves: a dispatch mode sees one operator for each direction."""
+
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
@@ -44,7 +47,9 @@ def define(name: str, schema: str, body: Callable, fake: Callable) -> Callable:
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, outside_autocast, key)
     torch.library.register_fake(f"fastres::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.fastres, name).default
+    operator = getattr(torch.ops.fastres, name).default
+    BODIES[operator] = body
+    return operator
 
 
 class ForwardOps:

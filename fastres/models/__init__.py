@@ -57,12 +57,17 @@ _FUNCTIONS = (
 )
 _MODELS = {function.__name__: function for function in _FUNCTIONS}
 
-__all__ = ["CifarResNet", "ResNet", "create", "names", *_MODELS]
+__all__ = ["CifarResNet", "ResNet", "create", "image_shape", "names", *_MODELS]
 
 
 def names() -> list[str]:
     """Names of the models."""
     return list(_MODELS)
+
+
+def image_shape(name: str) -> tuple[int, int, int]:
+    """`(C, H, W)` of the images that the model `name` was made for: CIFAR's, or ImageNet's at the usual crop."""
+    return (3, 32, 32) if name.startswith("cifar_") else (3, 224, 224)
 
 
 def create(name: str, **options) -> nn.Module:

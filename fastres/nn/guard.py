@@ -24,8 +24,8 @@ def call_reason(x: Tensor) -> str | None:
     """What speaks against a fused call with this input, in the mode that PyTorch is in."""
     if type(x) not in _PLAIN_TENSORS:
         return "the input is not a plain tensor (a tensor subclass or a tracer's proxy)"
-    if x.layout is not torch.strided or x.device.type not in ("cpu", "cuda"):
-        return "the input is not a dense CPU or CUDA tensor"
+    if x.layout is not torch.strided or x.device.type not in ("cpu", "cuda", "meta"):
+        return "the input is not a dense CPU, CUDA or meta tensor"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording"
     # Not torch.compiler.is_exporting(): torch 2.11 answers True to it under torch.compile.

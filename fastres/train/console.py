@@ -5,6 +5,9 @@ Where the output is no terminal there are no bars, only a line per epoch.
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterator
+
+from fastres.text import aligned
 
 
 class Progress(contextlib.AbstractContextManager):
@@ -52,6 +55,24 @@ class Progress(contextlib.AbstractContextManager):
             print(text, flush=True)
 
 
+@contextlib.contextmanager
+def counter(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over things that are counted, on stderr where that is a terminal. Gives `update(done, total)`."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield lambda done, total: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout. Cells "ok" and "FAILED" are coloured on a terminal."""
     try:
@@ -59,17 +80,15 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         print(f"\n{title}")
-        for row in (columns, ["-" * width for width in widths], *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(*aligned([columns, *rows]), sep="\n")
         return
     table = Table(*columns, title=Text(title), title_justify="left")
     styles = {"ok": "bold green", "FAILED": "bold red"}
     for row in rows:
         table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
     # A log has no width of its own: 80 columns would fold the cells.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _bar():

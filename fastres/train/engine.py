@@ -19,7 +19,7 @@ from .schedule import Schedule
 # Losses and times stay on the device for so many steps: reading them makes the CPU wait for the GPU.
 STEPS_PER_READING = 10
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -67,7 +67,7 @@ class Trainer:
         self._format = _FORMATS[options.memory_format]
         self.model = model.to(device, memory_format=self._format)
         self._device = device
-        self._dtype = _DTYPES[options.dtype]
+        self._dtype = DTYPES[options.dtype]
         self._smoothing = options.label_smoothing
         self._optimizer = torch.optim.SGD(
             model.parameters(),

@@ -104,12 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(data, "--train-images", type=_count, metavar="N", help="use the first N training images (0: all)")
     _add(data, "--test-images", type=_count, metavar="N", help="use the first N test images (0: all)")
     _add_switch(data, "--augment", "random crops and mirroring")
-    _add(data, "--image-size", type=_positive, metavar="PIXELS", help="side of the crops of a folder's images")
+    _add(data, "--image-size", type=positive, metavar="PIXELS", help="side of the crops of a folder's images")
     _add(data, "--workers", type=_count, metavar="N", help="processes that decode a folder's images")
 
     how = parser.add_argument_group("how it is trained")
-    _add(how, "--epochs", type=_positive, metavar="N")
-    _add(how, "--batch", type=_positive, metavar="N", help="images per step")
+    _add(how, "--epochs", type=positive, metavar="N")
+    _add(how, "--batch", type=positive, metavar="N", help="images per step")
     _add(how, "--lr", type=_non_negative, metavar="X", help="peak learning rate")
     _add(how, "--momentum", type=_non_negative, metavar="X")
     _add_switch(how, "--nesterov", "Nesterov's momentum")
@@ -235,7 +235,7 @@ def _number(text: str, kind, accept, wanted: str):
     return value
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
 
 

@@ -8,6 +8,11 @@ from torch import Tensor
 from ..reference._common import acc, acc_dtype
 
 
+def on_gpu(t: Tensor) -> bool:
+    """Whether `t` is on a GPU, or on the meta device, which stands for one where bytes are counted."""
+    return t.device.type != "cpu"
+
+
 def nchw(t: Tensor) -> Tensor:
     """Dense `[N, H, W, C]` as channels_last `[N, C, H, W]`, a view; ATen's operators read it without a copy."""
     return t.permute(0, 3, 1, 2)
@@ -40,7 +45,7 @@ def masked(g: Tensor, z: Tensor) -> Tensor:
 
 def bn_sums(g: Tensor, y: Tensor, bn: Tensor) -> Tensor:
     """sum g and sum g*(y - mean), `[1, 2, C]` in acc, in one read of both."""
-    if g.is_cuda:
+    if on_gpu(g):
         reduce = torch.batch_norm_backward_reduce
         sum_g, centred, _, _ = reduce(nchw(g), nchw(y), bn[0], bn[1], None, True, False, False)
     else:
@@ -67,6 +72,6 @@ def matmul_acc(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two matrices, summed and returned in acc."""
     if a.dtype == acc_dtype(a.dtype):
         return a @ b
-    if a.is_cuda:
+    if on_gpu(a):
         return torch.mm(a, b, out_dtype=acc_dtype(a.dtype))
     return acc(a) @ acc(b)

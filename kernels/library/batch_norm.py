@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ..reference._common import acc_dtype, rows
 from ..reference.batch_norm import ChannelStats
-from ._common import affine, bn_input_grad, bn_sums, masked, nchw
+from ._common import affine, bn_input_grad, bn_sums, masked, nchw, on_gpu
 
 
 def channel_stats(y: Tensor) -> ChannelStats:
     """As the reference, in one read of y and without a float32 copy of it."""
     count = rows(y).shape[0]
-    if y.is_cuda:
+    if on_gpu(y):
         # eps = 0: the variance is read back from 1/sqrt(variance); a constant channel gives inf and so 0.
         mean, rstd = torch.batch_norm_stats(nchw(y), 0.0)
         var = rstd.square().reciprocal()

@@ -49,6 +49,16 @@ def test_explain_follows_an_input_through_the_model(capsys):
     code, out, err = run(capsys, "explain", "cifar_resnet11_bottleneck", "--input", "2,1,28,28")
     assert code == 0, err
     assert all(shape in out for shape in ("2x1x28x28", "2x64x28x28", "2x128x14x14"))
+    assert "A training step of (2, 1, 28, 28) in bfloat16" in out
+
+
+def test_explain_counts_a_training_step_of_a_batch(capsys):
+    code, out, err = run(capsys, "explain", "resnet18", "--batch", "4", "--part", "rtx4090", "--dtype", "fp16")
+    assert code == 0, err
+    assert "A training step of (4, 3, 224, 224) in float16" in out and "GeForce RTX 4090" in out
+    for total in ("stock eager, counted", "the plan that runs today, counted", "the complete plan, modelled"):
+        assert f"\n{total} " in out
+    assert "training step" not in run(capsys, "explain", "resnet18")[1]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +70,9 @@ def test_explain_follows_an_input_through_the_model(capsys):
         (["explain", "resnet5"], ["argument MODEL", "did you mean", "resnet50"]),
         (["explain", "resnet18", "--input", "8,3,224"], ["argument --input", "8,3,224,224"]),
         (["explain", "resnet18", "--input", "8,0,9,9"], ["argument --input", "8,0,9,9"]),
+        (["explain", "resnet18", "--batch", "0"], ["argument --batch", "'0'", "at least 1"]),
+        (["explain", "resnet18", "--batch", "8", "--input", "8,3,9,9"], ["--input", "not allowed with", "--batch"]),
+        (["explain", "resnet18", "--part", "h20"], ["argument --part", "h200", "rtx4090"]),
         (["info", "--loud"], ["--loud"]),
     ],
 )

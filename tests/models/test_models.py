@@ -199,3 +199,9 @@ def test_create_and_the_functions_agree():
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_image_shapes_are_what_the_models_take():
+    for name in ("resnet18", "cifar_resnet20", "plain18"):
+        assert models.create(name)(torch.zeros(2, *models.image_shape(name))).shape[0] == 2
+    assert models.image_shape("cifar_resnet20") == (3, 32, 32)
