@@ -28,15 +28,29 @@ lint: $(INSTALLED) ## run ruff
 bench: $(INSTALLED) ## run the benchmarks
 	@$(PY) -m pytest benchmarks
 
+static: $(INSTALLED) ## compile every Triton kernel for every part, which make test does for two
+	@$(PY) -m pytest tests/static tests/kernels --all-parts
+
+# A GPU machine has its own torch, built for its driver.
+gpu: ## on a GPU machine: test and measure; GPU_BUDGET seconds, OUT folder, GPU_ONLY=kernels,models
+	@$(MAKE) --no-print-directory $(INSTALLED) PYTHON=$(PYTHON)
+	@$(PY) benchmarks/gpu.py $(if $(GPU_BUDGET),--budget $(GPU_BUDGET)) $(if $(OUT),--out $(OUT)) \
+	    $(if $(GPU_ONLY),--only $(GPU_ONLY))
+
 clean: ## remove what was built; .venv stays
 	@rm -rf build dist fastres.egg-info .pytest_cache .ruff_cache $(INSTALLED)
 	@rm -f kernels/projection/libfastres_projection.* kernels/projection/_build.json
 
+# The packages of PYTHON come by a .pth file: --system-site-packages would give those of the Python that PYTHON's own
+# virtual environment was made from. pip is among them; one put into .venv would bring an old setuptools with it.
 $(INSTALLED): $(INSTALL_INPUTS)
 	@if [ -n "$(PYTHON_GIVEN)" ] && $(PYTHON) -c "import torch" 2>/dev/null; then \
 	    echo "fastres: using the packages of $(PYTHON), downloading nothing"; \
-	    [ -x $(PY) ] || $(PYTHON) -m venv --system-site-packages .venv; \
-	    $(PY) -m pip install --quiet --no-deps --no-build-isolation --no-index -e .; \
+	    [ -x $(PY) ] || $(PYTHON) -m venv --without-pip .venv; \
+	    $(PYTHON) -c 'import site; [print(f"import site; site.addsitedir({p!r})") for p in site.getsitepackages()]' \
+	        >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_python.pth"; \
+	    PATH="$$($(PYTHON) -c 'import pathlib, sys; print(pathlib.Path(sys.executable).parent)'):$$PATH" \
+	        $(PY) -m pip install --quiet --no-deps --no-build-isolation --no-index -e .; \
 	else \
 	    echo "fastres: installing into .venv, which downloads torch the first time"; \
 	    [ -x $(PY) ] || $(PYTHON) -m venv .venv; \
@@ -49,4 +63,4 @@ $(INSTALLED): $(INSTALL_INPUTS)
 	@$(PY) -c "from fastres.kernels import projection; print('fastres: extension', projection.available() or 'built')"
 	@touch $@
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench static gpu clean

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import fastres
 from fastres.kernels import projection
@@ -154,3 +155,15 @@ def test_wheel_with_the_extension_is_for_this_platform_and_any_python(source, tm
 
 def test_version_is_the_distributions():
     assert fastres.__version__ == importlib.metadata.version("fastres")
+
+
+def test_the_workflow_tests_the_oldest_and_the_newest_that_are_supported():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    matrix = workflow["jobs"]["cpu"]["strategy"]["matrix"]["include"]
+    metadata = importlib.metadata.metadata("fastres")
+    oldest_torch = next(r for r in metadata.get_all("Requires-Dist") if r.startswith("torch>=")).removeprefix("torch>=")
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:5] == "torch")
+    assert min(entry["python"] for entry in matrix) == metadata["Requires-Python"].removeprefix(">=") == "3.10"
+    assert {entry["torch"] for entry in matrix} == {f"{oldest_torch}.0", pins["torch"]}
+    assert {entry["torchvision"] for entry in matrix if entry["torch"] == pins["torch"]} == {pins["torchvision"]}
+    assert [step["run"] for step in workflow["jobs"]["gpu"]["steps"] if "run" in step] == ["make gpu OUT=gpu-results"]

@@ -16,7 +16,7 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", ["info", "explain", "train", "verify"])
+@pytest.mark.parametrize("command", ["info", "inspect", "explain", "report", "train", "verify"])
 def test_every_command_has_help_with_examples(command, capsys):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -74,6 +74,8 @@ def test_explain_counts_a_training_step_of_a_batch(capsys):
         (["explain", "resnet18", "--batch", "8", "--input", "8,3,9,9"], ["--input", "not allowed with", "--batch"]),
         (["explain", "resnet18", "--part", "h20"], ["argument --part", "h200", "rtx4090"]),
         (["info", "--loud"], ["--loud"]),
+        (["report"], ["RESULTS"]),
+        (["report", "no/such/file.json"], ["argument RESULTS", "no/such/file.json"]),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(arguments, parts, capsys):
