@@ -14,7 +14,8 @@ import csv
 import io
 from pathlib import Path
 
-from . import checkpoint
+from fastres.files import write_text
+
 from .errors import UserError
 
 COLUMNS = ("variant", "epoch", "step", "lr", "loss", "seconds", "test_loss", "test_accuracy")
@@ -30,7 +31,7 @@ class Metrics:
 
     def __init__(self, path: Path, rows: list[dict]):
         self.rows = rows
-        checkpoint.write_text(path, _text([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]))
+        write_text(path, _text([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]))
         self._file = open(path, "a", newline="")
 
     def __enter__(self):

@@ -3,12 +3,18 @@
 import statistics
 from pathlib import Path
 
-from . import checkpoint, compare
+from fastres import drawing
+from fastres.files import write_text
+
+from . import compare
 from .compare import Check, Costs
 from .errors import UserError
 from .options import Options, command, model_title
 
-STYLES = {"stock": {"color": "#6b7280", "linestyle": "-"}, "fused": {"color": "#d9480f", "linestyle": (0, (5, 2))}}
+STYLES = {
+    "stock": {"color": drawing.STOCK, "linestyle": "-"},
+    "fused": {"color": drawing.FUSED, "linestyle": (0, (5, 2))},
+}
 CHECK_COLUMNS = ["check", "stock", "fused", "measured", "limit", "result"]
 
 _SMOOTHING = 25  # steps
@@ -23,10 +29,8 @@ grow, as they do between any two ways of rounding; then the accuracies are what 
 
 def require_matplotlib() -> None:
     """Raises UserError where the pictures could not be drawn: better before the training than after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError("argument --compare: the report's pictures need matplotlib; pip install matplotlib") from error
+    if reason := drawing.missing():
+        raise UserError(f"argument --compare: {reason}")
 
 
 def write(
@@ -52,7 +56,7 @@ def write(
         folder / "costs.png", costs, f"{where}\n{conditions['device']}, CPU threads: {conditions['CPU threads']}"
     )
     path = folder / "report.md"
-    checkpoint.write_text(path, _markdown(checks, costs, options, dataset_name, conditions))
+    write_text(path, _markdown(checks, costs, options, dataset_name, conditions))
     return path
 
 
@@ -70,7 +74,7 @@ def _markdown(checks, costs, options, dataset_name, conditions) -> str:
             "",
             _HOW,
             "",
-            *_table(CHECK_COLUMNS, check_rows(checks)),
+            *drawing.table(CHECK_COLUMNS, check_rows(checks)),
             "",
             _WHY,
             "",
@@ -80,7 +84,7 @@ def _markdown(checks, costs, options, dataset_name, conditions) -> str:
             "",
             "## What a training step costs",
             "",
-            *_table(
+            *drawing.table(
                 ["", "stock", "fused", "fused / stock"],
                 [
                     [
@@ -102,7 +106,7 @@ def _markdown(checks, costs, options, dataset_name, conditions) -> str:
             "",
             "## Conditions",
             "",
-            *_table(["", ""], [list(row) for row in (conditions | settings).items()]),
+            *drawing.table(["", ""], [list(row) for row in (conditions | settings).items()]),
             "",
             f"Made by `{command(options)}`. `metrics.csv` holds every step.",
             "",
@@ -110,26 +114,8 @@ def _markdown(checks, costs, options, dataset_name, conditions) -> str:
     )
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def _figure(**arguments):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained", **arguments)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=144)
-
-
 def _draw_losses(path: Path, rows: list[dict], where: str) -> None:
-    figure = _figure(figsize=(9, 6.5))
+    figure = drawing.figure(figsize=(9, 6.5))
     axes = figure.subplot_mosaic([["loss", "loss"], ["first", "all"]], height_ratios=(3, 2))
     for variant, style in STYLES.items():
         steps, losses = zip(
@@ -155,12 +141,12 @@ def _draw_losses(path: Path, rows: list[dict], where: str) -> None:
     axes["first"].set_title(f"the first {compare.PROOF_STEPS} steps", fontsize="medium")
     axes["first"].legend()
     axes["all"].set_title("all steps", fontsize="medium")
-    _grid(*axes.values())
-    _save(figure, path)
+    drawing.grid(*axes.values())
+    drawing.save(figure, path)
 
 
 def _draw_accuracy(path: Path, rows: list[dict], where: str) -> None:
-    figure = _figure(figsize=(8, 4))
+    figure = drawing.figure(figsize=(8, 4))
     axes = figure.subplots()
     for variant, style in STYLES.items():
         tested = [row for row in rows if row["variant"] == variant and "test_accuracy" in row]
@@ -177,12 +163,12 @@ def _draw_accuracy(path: Path, rows: list[dict], where: str) -> None:
     axes.set_ylabel("test accuracy, %")
     axes.set_title(f"Test accuracy: {where}")
     axes.legend()
-    _grid(axes)
-    _save(figure, path)
+    drawing.grid(axes)
+    drawing.save(figure, path)
 
 
 def _draw_costs(path: Path, costs: dict[str, Costs], where: str) -> None:
-    figure = _figure(figsize=(8, 4))
+    figure = drawing.figure(figsize=(8, 4))
     memory, speed = figure.subplots(1, 2)
     _bars(
         memory,
@@ -192,7 +178,7 @@ def _draw_costs(path: Path, costs: dict[str, Costs], where: str) -> None:
     )
     _bars(speed, {name: cost.images_per_second for name, cost in costs.items()}, "{:,.0f}", "training, images/s")
     figure.suptitle(where, fontsize="medium")
-    _save(figure, path)
+    drawing.save(figure, path)
 
 
 def _bars(axes, values: dict[str, float], form: str, title: str) -> None:
@@ -203,14 +189,8 @@ def _bars(axes, values: dict[str, float], form: str, title: str) -> None:
     axes.bar_label(bars, labels=[form.format(values[name]) for name in names])
     axes.margins(y=0.15)
     axes.set_title(title, fontsize="medium")
-    axes.spines[["top", "right"]].set_visible(False)
+    drawing.plain(axes)
 
 
 def _smooth(values: list[float]) -> list[float]:
     return [statistics.fmean(values[max(0, end - _SMOOTHING) : end]) for end in range(1, len(values) + 1)]
-
-
-def _grid(*many) -> None:
-    for axes in many:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,1 @@
+"""Measuring: timing on the current device, result files, and reports made from them."""
