@@ -12,6 +12,14 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-parts",
+        action="store_true",
+        help="compile the Triton kernels for every part and dtype, not for sm_80 and sm_90 without float16 only",
+    )
+
+
 def pytest_configure(config):
     # What Triton's interpreter does inside numpy, and NaN and infinity there.
     for ignored in (
@@ -22,8 +30,14 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def compiled():
-    """`compiled(family)`: the static figures of every case of a family on every part, made once."""
+def all_parts(pytestconfig) -> bool:
+    """Whether everything is compiled that can be."""
+    return pytestconfig.getoption("--all-parts")
+
+
+@pytest.fixture(scope="session")
+def compiled(all_parts):
+    """`compiled(family)`: the static figures of every case of a family, made once."""
     pytest.importorskip("triton", reason="triton is not installed")
     from fastres import static_checks
 
@@ -31,7 +45,8 @@ def compiled():
 
     def get(family: str):
         if family not in made:
-            made[family] = static_checks.figures(static_checks.requests(family))
+            requests = static_checks.requests(family, every_dtype=all_parts)
+            made[family] = static_checks.figures(requests, static_checks.PARTS if all_parts else (80, 90))
         return made[family]
 
     return get

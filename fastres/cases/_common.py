@@ -27,7 +27,8 @@ class Case:
         so that results of two namespaces can be compared.
     stock: `stock(t)`, the same results by PyTorch's own operators, rounding as eager mode does.
     sizes: those that `fastres verify` uses.
-    static: dtypes and sizes for which the Triton kernels are compiled offline, one of each configuration.
+    static: dtypes and sizes for which the Triton kernels are compiled offline, one of each configuration; bfloat16
+        stands for float16 too.
     """
 
     name: str

@@ -77,6 +77,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout. Cells "ok" and "FAILED" are coloured on a terminal."""
     try:
         from rich.console import Console
+        from rich.measure import Measurement
         from rich.table import Table
         from rich.text import Text
     except ImportError:
@@ -87,8 +88,11 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     styles = {"ok": "bold green", "FAILED": "bold red"}
     for row in rows:
         table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
-    # A log has no width of its own: 80 columns would fold the cells.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    # A log has no width of its own: 80 columns would fold the cells. No word is cut for a terminal that is too narrow.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 def _bar():

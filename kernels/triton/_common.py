@@ -28,15 +28,20 @@ PART_WITHOUT_GPU = 90
 launches `fastres.static_checks` records to compile them for each part in turn."""
 
 
+def configured_part(capability: int) -> int | None:
+    """The part whose configurations a GPU of this compute capability uses; None where it is too old."""
+    return max((part for part in MULTIPROCESSORS if part <= capability), default=None)
+
+
 @functools.cache
 def _part_of_gpu(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
-    older = [part for part in MULTIPROCESSORS if part <= 10 * major + minor]
-    if not older:
+    part = configured_part(10 * major + minor)
+    if part is None:
         raise ValueError(
             f"cuda:{index} has compute capability {major}.{minor}, the Triton kernels need 8.0: use backend='library'"
         )
-    return max(older)
+    return part
 
 
 def part_of(device: torch.device) -> int:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastres import cases
+from fastres import cases, inspection, static_checks
 from fastres.kernels import reference
 from fastres.numerics import assert_three_way
 
@@ -87,5 +87,72 @@ def compare(k, device):
                 assert ((ours[result] - exact[result]).abs() <= bounded[result]).all(), result
             else:
                 assert_three_way(result, ours[result], stock[result], exact[result], dtype)
+
+    return check
+
+
+@pytest.fixture
+def launched(triton_kernels, monkeypatch):
+    """A list of what is launched meanwhile: the kernel's name and its configuration."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+
+    def noting(run):
+        def noted(kernel, *args, **kwargs):
+            launches.append((kernel.__name__, numbers(static_checks.configuration(kernel, *args, **kwargs))))
+            return run(kernel, *args, **kwargs)
+
+        return noted
+
+    for kind in (InterpretedFunction, JITFunction):
+        monkeypatch.setattr(kind, "run", noting(kind.run))
+    return launches
+
+
+def numbers(configuration: dict[str, object]) -> dict[str, object]:
+    """A configuration without dtypes: float16 is interpreted in bfloat16's place."""
+    return {name: value for name, value in configuration.items() if not isinstance(value, str)}
+
+
+@pytest.fixture
+def check_configuration(compiled, compare, poisoned, launched, monkeypatch):
+    """`check_configuration(family, wanted, bounds)`: what a request launches compiles without a fault for every part,
+    and computes what the reference defines.
+
+    The second on sizes that the interpreter bears, in the very configurations that are compiled; those of another part
+    too than the GPU's that there may be. `bounds` as in `compare`.
+    """
+    from fastres.kernels.triton import _common
+
+    def check(family, wanted, bounds=None):
+        dtype = getattr(torch, wanted.dtype)
+        alike = {
+            (request, part): rows
+            for (request, part), rows in compiled(family).items()
+            if (request.case, request.sizes) == (wanted.case, wanted.sizes)
+            and getattr(torch, request.dtype).itemsize == dtype.itemsize
+        }
+        failures = [
+            (inspected.figures.part, str(inspected.request), inspected.figures.kernel, inspected.failures)
+            for inspected in inspection.inspect(alike)
+            if inspected.failures
+        ]
+        assert failures == []
+        if dtype == torch.bfloat16 and not torch.cuda.is_available():
+            dtype = torch.float16  # The interpreter computes bfloat16 wrongly.
+        run = []
+        for (_, part), rows in alike.items():
+            configurations = [(row.kernel, numbers(row.configuration)) for row in rows]
+            assert configurations
+            if configurations in run:
+                continue
+            run.append(configurations)
+            launched.clear()
+            monkeypatch.setattr(_common, "PART_WITHOUT_GPU", part)
+            monkeypatch.setattr(_common, "_part_of_gpu", lambda index, part=part: part)
+            compare(cases.BY_NAME[wanted.case], dtype, dict(wanted.sizes) | {"n": 2, "h": 5, "w": 7}, bounds)
+            assert launched == configurations
 
     return check

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastres import cases
+from fastres import cases, static_checks
 from fastres.cases.batch_norm import masked
 from fastres.kernels import reference
 from fastres.kernels.reference.batch_norm import ChannelStats
@@ -55,11 +55,9 @@ def test_triton_computes_what_the_reference_defines(name, dtype, shape, compare,
     compare(CASES[name], dtype, sizes(shape), sum_bounds if "bn_bwd_reduce" in name else None)
 
 
-@pytest.mark.parametrize("name", TRITON_CASES)
-def test_triton_kernels_compile_for_every_part(name, compiled):
-    launches = [(key, row) for key, rows in compiled("batch_norm").items() if key[0].case == name for row in rows]
-    assert {row.part for _, row in launches} == {80, 90, 100}
-    assert [f"{request} on sm_{part}: {row.error}" for (request, part), row in launches if row.error] == []
+@pytest.mark.parametrize("wanted", static_checks.requests("batch_norm"), ids=str)
+def test_every_configuration_compiles_and_computes_what_the_reference_defines(wanted, check_configuration):
+    check_configuration("batch_norm", wanted, sum_bounds if "bn_bwd_reduce" in wanted.case else None)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -54,15 +56,87 @@ def test_instructions_are_counted_by_kind_and_width():
     }
 
 
+def test_widths_are_those_of_global_accesses():
+    figures = Figures("kernel", 90, {}, 1, 4, 3, instructions={"LDG.16": 3, "LDGSTS.128": 1, "HGMMA": 2, "STG.32": 1})
+    assert figures.widths == [16, 32, 128]
+
+
 @pytest.mark.parametrize(
-    "registers, shared, num_warps, resident",
-    [(255, 0, 8, 1), (64, 0, 4, 8), (32, 100 * 1024, 4, 2), (32, 0, 4, 16), (65, 0, 4, 7)],
+    "part, registers, shared, tensor_memory, num_warps, resident",
+    [
+        (90, 255, 0, 0, 8, 1),
+        (90, 64, 0, 0, 4, 8),
+        (90, 65, 0, 0, 4, 7),
+        (90, 32, 0, 0, 4, 16),
+        (90, 32, 0, 0, 1, 32),
+        (90, 32, 100 * 1024, 0, 4, 2),
+        (90, 32, 227 * 1024, 0, 4, 1),
+        (90, 32, 228 * 1024, 0, 4, 0),
+        (80, 32, 100 * 1024, 0, 4, 1),
+        (89, 32, 0, 0, 4, 12),
+        (100, 32, 0, 128, 4, 4),
+    ],
 )
-def test_resident_programs_follow_the_scarcest_resource(registers, shared, num_warps, resident):
-    figures = Figures("kernel", 90, num_warps, 1, 1, registers=registers, shared=shared)
+def test_resident_programs_follow_the_scarcest_resource(part, registers, shared, tensor_memory, num_warps, resident):
+    figures = Figures("kernel", part, {}, 1, num_warps, 1, registers, 0, shared, tensor_memory)
     assert figures.resident == resident
 
 
 def test_a_failing_worker_says_why():
     with pytest.raises(RuntimeError, match="no such case"):
         static_checks.figures([Request.of("no such case", torch.float32)], [90])
+
+
+def test_bfloat16_stands_for_float16_unless_every_dtype_is_asked_for():
+    few, all_ = (set(static_checks.requests("batch_norm", every_dtype=every)) for every in (False, True))
+    assert few and all_ - few == {dataclasses.replace(r, dtype="float16") for r in few if r.dtype == "bfloat16"}
+
+
+def test_kept_figures_are_not_made_again(compiled):
+    wanted, kept = next(iter(static_checks.requests("batch_norm"))), compiled("batch_norm")
+
+    def progress(done, total):
+        raise AssertionError("compiled again")
+
+    assert static_checks.figures([wanted], [90], progress)[wanted, 90] == kept[wanted, 90]
+
+
+# What compiled kernels show
+
+
+def test_the_operand_of_a_matrix_product_is_seen_in_shared_memory_and_in_registers(planted):
+    for name, in_registers in (("operands in shared memory", 0), ("operand in registers", 4)):
+        figures = planted(name, 90)
+        assert figures.count("HGMMA") == 4 and figures.count("HGMMA with A in registers") == in_registers
+        assert figures.dots == {"16": 1} and not figures.count("HMMA")
+        assert planted(name, 80).count("HMMA") and not planted(name, 80).count("HGMMA")
+
+
+def test_tcgen05_and_its_memory_are_seen(planted):
+    figures = planted("operands in shared memory", 100)
+    assert figures.count("UTCMMA") and figures.tensor_memory == 128 and figures.resident <= 4
+
+
+@pytest.mark.parametrize("name", ["descriptors", "descriptors of boxes"])
+def test_descriptors_made_by_the_host_become_tma(name, planted):
+    figures = planted(name, 90)
+    assert figures.count("UTMALDG") and figures.count("UTMASTG") == 1
+    assert figures.widths == [] and not figures.spills
+    # Older parts have no TMA: there the compiler makes slow code of them.
+    assert planted(name, 80).widths == [16] and not planted(name, 80).count("UTMALDG")
+
+
+def test_a_configuration_holds_numbers_and_dtypes(planted):
+    assert planted("descriptors", 90).configuration == {"OUT": "bf16", "BM": 128, "BN": 128, "BK": 64}
+    expected = {"BM": 128, "BN": 128, "BK": 64, "SCALE": True, "NS": 3}
+    assert planted("operand in registers", 90).configuration == expected
+
+
+def test_stages_are_those_of_the_loop(planted):
+    assert planted("too many stages", 90).num_stages == 9
+    assert planted("too many stages", 90).shared == 9 * 2 * 128 * 64 * 2
+
+
+def test_products_of_float32_are_told_from_those_of_16_bits(planted):
+    figures = planted("float32", 90)
+    assert figures.dots == {"32": 1} and not figures.count("HGMMA") and not figures.count("HMMA")
