@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,15 @@ import torch
 from fastres import cases, inspection, static_checks
 from fastres.kernels import reference
 from fastres.numerics import assert_three_way
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """On a CUDA machine what launches Triton's kernels runs on the device, so `-m gpu` chooses it."""
+    if torch.cuda.is_available():
+        for item in items:
+            if Path(__file__).parent in item.path.parents and "triton_kernels" in item.fixturenames:
+                item.add_marker(pytest.mark.gpu)
 
 
 def _cannot_run() -> str | None:
