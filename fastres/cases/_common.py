@@ -111,9 +111,11 @@ def nhwc(t: Tensor) -> Tensor:
 
 
 def batch_norm(y: Tensor, bn: Tensor) -> Tensor:
-    """`F.batch_norm` of y (NHWC) with the statistics, gamma and beta that `bn` was formed from."""
+    """ATen's batch norm of y (NHWC) with the statistics, gamma and beta that `bn` was formed from."""
     mean, rstd, scale, shift = bn
-    return nhwc(F.batch_norm(nchw(y), mean, rstd**-2, scale / rstd, shift + mean * scale, eps=0.0))
+    # F.batch_norm of torch 2.11 refuses an eps of 0, which the variance has in it here.
+    gamma, beta = scale / rstd, shift + mean * scale
+    return nhwc(torch.batch_norm(nchw(y), gamma, beta, mean, rstd**-2, False, 0.0, 0.0, False))
 
 
 def batch_norm_backward(g: Tensor, y: Tensor, bn: Tensor, constant: bool = False) -> tuple[Tensor, Tensor, Tensor]:
