@@ -128,10 +128,7 @@ def _summarise(out: Path, outcomes: Sequence[Outcome]) -> None:
     """The report, and the tables that end the output."""
     if (out / results.FILE_NAME).exists():
         measured = results.read(out)
-        columns, rows = report.summary(measured)
-        print_table("Measured", columns, rows)
-        for skipped in measured.skipped:
-            print(f"skipped: {skipped}")
+        report.show(measured)
         print(f"report: {report.write(out, measured)}")
     rows = [[outcome.name, outcome.result, f"{outcome.seconds:.0f} s", outcome.what] for outcome in outcomes]
     print_table(f"make gpu: {out}", ["piece", "result", "time", ""], rows)

@@ -1,13 +1,18 @@
-"""The batch norm kernels against eager PyTorch: on CUDA Triton's in bfloat16, on a CPU the library's in float32."""
+"""The batch norm kernels against eager PyTorch.
+
+Eager's batch norm does more in one operator: forward it normalises beside the statistics, backward it reduces and
+applies.
+"""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
-from fastres import cases, plan
+from fastres import cases
+from fastres.measure import kernels
 
 CASES = (
+    "statistics, momentum 0.1",
     "bn_act, shortcut none, ReLU",
     "bn_act, shortcut identity, ReLU",
     "bn_act, shortcut projected, ReLU",
@@ -16,24 +21,17 @@ CASES = (
     "bn_bwd_apply, mask output, shortcut identity",
     "bn_bwd_apply, mask output, shortcut projected",
 )
-if torch.cuda.is_available():
-    DTYPE = torch.bfloat16
-    SHAPES = ((64, 56, 56, 64), (64, 56, 56, 256), (64, 14, 14, 1024), (64, 7, 7, 2048))
-else:
-    DTYPE = torch.float32
-    SHAPES = ((8, 28, 28, 64),)
+SHAPES = (
+    pytest.param(56, 64),
+    pytest.param(56, 256, marks=pytest.mark.core("cuda")),
+    pytest.param(28, 512),
+    pytest.param(14, 1024, marks=pytest.mark.core("cuda", "cpu")),
+    pytest.param(7, 2048),
+)
 
 
-@pytest.mark.parametrize("implementation", ["ours", "eager"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("size", "channels"), SHAPES)
 @pytest.mark.parametrize("name", CASES)
-def test_batch_norm(name, shape, implementation, device, benchmark, measure):
-    case = cases.BY_NAME[name]
-    n, h, w, c = shape
-    t = case.make(cases.Maker(DTYPE, device), n=n, h=h, w=w, c=c)
-    benchmark.group = f"{name}, {shape}, {DTYPE}, {device.type}"
-    k = plan.resolve(DTYPE, device)
-    benchmark.extra_info["kernels"] = plan.origins(DTYPE, device)[case.kernels[0]]
-    tensors = [*t.values(), *case.run(k, t).values()]
-    moved = sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
-    measure((lambda: case.run(k, t)) if implementation == "ours" else (lambda: case.stock(t)), moved)
+def test_batch_norm(name, size, channels, batch, dtype, device, measure):
+    sizes = {"n": batch, "h": size, "w": size, "c": channels}
+    measure(kernels.experiments(cases.BY_NAME[name], dtype, device, sizes))

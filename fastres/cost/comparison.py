@@ -47,8 +47,8 @@ class Comparison:
             "",
             "Counted: what PyTorch's operators and our kernels take in and give out, as they are called.",
             "Modelled: stock from its layers' shapes; the complete plan from the contracts of its kernels, not all of",
-            "which exist. No time here is measured: a floor is what moving the bytes or computing the products takes at",
-            "the figures above.",
+            "which exist. No time here is measured: a floor is what moving the bytes or computing the products takes",
+            "at the figures above.",
         ]
         return "\n".join(lines)
 

@@ -199,17 +199,10 @@ def gather(paths: list[Path]) -> Results:
                 conditions[name].append(text)
     return Results(
         {name: "; ".join(texts) for name, texts in conditions.items()},
-        _highest(rooflines) if rooflines else None,
+        result_files.highest(rooflines) if rooflines else None,
         list(rows.values()),
         list(dict.fromkeys(line for results in files.values() for line in results.skipped)),
     )
-
-
-def _highest(rooflines: list[Roofline]) -> Roofline:
-    gemm: dict[str, float] = {}
-    for roofline in rooflines:
-        gemm |= {dtype: max(flops, gemm.get(dtype, 0.0)) for dtype, flops in roofline.gemm.items()}
-    return Roofline(max(roofline.copy for roofline in rooflines), gemm)
 
 
 def _seconds(row: Row) -> float:

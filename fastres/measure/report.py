@@ -50,9 +50,7 @@ def main(arguments) -> int:
         path = write(folder, results, earlier)
     except OSError as error:
         raise UserError(f"argument --out: {folder} cannot be written ({error.strerror}); name another one") from error
-    print_table(_device(results), *summary(results))
-    for line in results.skipped:
-        print(f"skipped: {line}")
+    show(results)
     regressions = 0
     if earlier:
         compared = comparison.compare(results, earlier)
@@ -102,6 +100,15 @@ def write(folder: Path, results: Results, baseline: Results | None = None) -> Pa
     path = folder / FILE_NAME
     write_text(path, "\n".join(lines + [line for section in sections for line in section]))
     return path
+
+
+def show(results: Results) -> None:
+    """Prints what a run found and what it left out."""
+    from fastres.train.console import print_table
+
+    print_table(_device(results), *summary(results))
+    for line in results.skipped:
+        print(f"skipped: {line}")
 
 
 def summary(results: Results) -> tuple[list[str], list[list[str]]]:

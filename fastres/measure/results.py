@@ -38,6 +38,14 @@ class Roofline:
         return max(bytes / self.copy, flops / self.gemm[dtype] if flops else 0.0)
 
 
+def highest(rooflines: list[Roofline]) -> Roofline:
+    """What a device was seen to reach in any of several runs."""
+    gemm: dict[str, float] = {}
+    for roofline in rooflines:
+        gemm |= {dtype: max(flops, gemm.get(dtype, 0.0)) for dtype, flops in roofline.gemm.items()}
+    return Roofline(max(roofline.copy for roofline in rooflines), gemm)
+
+
 @dataclass(frozen=True)
 class Row:
     """One variant of one benchmark.

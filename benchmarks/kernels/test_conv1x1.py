@@ -1,0 +1,38 @@
+"""The reducing 1x1 convolutions of ResNet-50's blocks.
+
+Eager is the convolution alone. Ours also gives the statistics; backward forms the gradient behind the batch norm as it
+loads, and adds the shortcut's.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from fastres import cases
+from fastres.measure import eager, kernels
+from fastres.measure.shapes import BLOCKS
+
+LAYERS = [
+    *("layer1.0", "layer2.0", "layer2.1", "layer3.0", "layer4.0", "layer4.1"),
+    pytest.param("layer1.1", marks=pytest.mark.core("cuda")),
+    pytest.param("layer3.1", marks=pytest.mark.core("cuda", "cpu")),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_forward(layer, batch, dtype, device, measure):
+    case, sizes = cases.BY_NAME["conv1x1, stride 1"], BLOCKS[layer].reduce(batch)
+    measure(kernels.experiments(case, dtype, device, sizes, stock=lambda t: eager.conv(t["x"], t["weight"])))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_backward(layer, batch, dtype, device, measure):
+    def stock(t, **wanted):
+        return eager.conv_backward(t["g"], t["x"], t["weight"], **wanted)
+
+    case, sizes = cases.BY_NAME["conv1x1 backward, stride 1, residual"], BLOCKS[layer].reduce(batch)
+    single = {
+        "conv1x1_dgrad, y, residual": lambda t: stock(t, wgrad=False),
+        "conv1x1_wgrad, y": lambda t: stock(t, dgrad=False),
+    }
+    measure(kernels.experiments(case, dtype, device, sizes, stock=stock, eager=single))
