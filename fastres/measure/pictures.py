@@ -247,7 +247,7 @@ def bandwidth(cases: list[Case], ceilings: Roofline, where: str):
         axes.text(1.02 * end, place, text, va="center", fontsize="small")
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set_ylim(-0.6, len(shown) - 0.4)
-    axes.set_xlim(0, 1.25 * end)
+    axes.set_xlim(0, 1.32 * end)
     axes.set_xlabel(f"% of the copy bandwidth measured, {analysis.digits(ceilings.copy / 1e9)} GB/s")
     some = f", the {MOST_BARS} of {len(bars)} that take longest" if len(bars) > MOST_BARS else ""
     axes.set_title(f"Kernels that only move bytes{some}, measured\n{where}", fontsize="medium")

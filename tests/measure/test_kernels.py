@@ -149,3 +149,14 @@ def test_a_gpus_settings_work_with_events(monkeypatch):
     report = experiment.run(wanted, timing.CudaClock(CPU), lambda: 1e9)
     assert report.failures == {}
     assert all(row.seconds > 0 and row.samples == GPU_SETTINGS.samples for row in report.rows)
+
+
+def test_eager_is_charged_with_its_own_products_and_the_bytes_that_have_to_move():
+    """The stock form of a folded convolution computes no Gram matrix, but writes tensors that ours does not."""
+    case, device = cases.BY_NAME["expand"], torch.device("cpu")
+    sizes = {"n": 2, "h": 9, "w": 7, "k": 32, "c": 64}
+    whole = next(kernels.experiments(case, torch.float32, device, sizes))
+    ours, eager = (whole.variants[name].prepare().work["call"] for name in ("fastres library", "eager"))
+    products = 3 * 2 * (2 * 9 * 7) * 32 * 64
+    assert eager.flops == products < ours.flops
+    assert eager.bytes == ours.bytes
