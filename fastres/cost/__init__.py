@@ -3,9 +3,9 @@
 from . import flops
 from .comparison import Comparison, compare
 from .counting import count
-from .model import SCHEMES, Total, total, training_step
+from .model import SCHEMES, training_step
 from .stock import modelled_stock_bytes
-from .traffic import Step
+from .traffic import Step, Total, total
 
 __all__ = [
     "SCHEMES",

@@ -12,9 +12,9 @@ from torch import nn
 from fastres.parts import PARTS, Part
 from fastres.text import aligned
 
-from .model import SCHEMES, total, training_step
+from .model import SCHEMES, training_step
 from .stock import modelled_stock_bytes
-from .traffic import Step
+from .traffic import Step, total
 
 
 @dataclass(frozen=True)

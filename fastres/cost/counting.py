@@ -10,7 +10,7 @@ from fastres.kernels import reference
 from fastres.parts import PARTS, Part
 
 from . import kernels
-from .traffic import Step, Traffic, tensors
+from .traffic import Step, Traffic, tensors, total
 
 ONE_PASS = ("triton", "projection")
 """Namespaces whose kernels move what their contract says; others run as PyTorch's operators, counted one by one."""
@@ -44,8 +44,8 @@ def counting(k: SimpleNamespace, traffic: Traffic, every: Bytes | None = None) -
             inside = traffic.steps[first:]
             del traffic.steps[first:]
             if one_pass is None:
-                moved, flops, seconds = (sum(column) for column in zip(*(step[4:] for step in inside), strict=True))
-                traffic.steps.append(Step(traffic.unit, traffic.direction, kernel, origin, moved, flops, seconds))
+                sums = total(inside)
+                traffic.steps.append(Step(traffic.unit, traffic.direction, kernel, origin, *sums))
             else:
                 dtype = tensors(arguments)[0].dtype
                 flops = kernels.flops(kernel, arguments, result)

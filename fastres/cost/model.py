@@ -6,7 +6,6 @@ import copy
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +23,6 @@ from .traffic import Step, Traffic
 SCHEMES = ("stock", "today", "complete")
 """stock: PyTorch's modules, eager, channels_last. today: the plan that `fastres.convert` runs on a GPU now. complete:
 the plan when every kernel that is planned exists, modelled (`fastres.cost.complete`)."""
-
-
-class Total(NamedTuple):
-    """Sums over steps."""
-
-    bytes: int
-    flops: int
-    seconds: float
-
-
-def total(steps: Sequence[Step]) -> Total:
-    """What all steps move and compute, and their floors one after the other."""
-    return Total(sum(s.bytes for s in steps), sum(s.flops for s in steps), sum(s.seconds for s in steps))
 
 
 def training_step(

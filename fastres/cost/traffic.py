@@ -38,6 +38,19 @@ class Step(NamedTuple):
     seconds: float
 
 
+class Total(NamedTuple):
+    """Sums over steps."""
+
+    bytes: int
+    flops: int
+    seconds: float
+
+
+def total(steps: Sequence[Step]) -> Total:
+    """What all steps move and compute, and their floors one after the other."""
+    return Total(sum(s.bytes for s in steps), sum(s.flops for s in steps), sum(s.seconds for s in steps))
+
+
 def tensors(value: object) -> list[Tensor]:
     """All tensors in nested tuples, lists and dictionaries."""
     return [t for t in tree_leaves(value) if isinstance(t, Tensor)]

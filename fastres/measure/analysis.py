@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import results as result_files
-from .results import Results, ResultsError, Roofline, Row
+from .results import Results, ResultsError, Row
 
 # In the order in which they are shown; others follow, a baseline before ours.
 _BASELINES = (
@@ -107,13 +107,6 @@ def cases(rows: list[Row], group: str | None = None, *phases: str) -> list[Case]
 def speedup(row: Row, other: Row | None) -> float | None:
     """How many times as fast as `other` a timed row is."""
     return None if other is None else other.seconds / row.seconds
-
-
-def share(row: Row, roofline: Roofline | None) -> float | None:
-    """`Row.roofline_share`, None also where the roofline that bounds this row was not measured."""
-    if roofline is None or (row.flops and row.dtype not in roofline.gemm):
-        return None
-    return row.roofline_share(roofline)
 
 
 def remarks(row: Row) -> str:

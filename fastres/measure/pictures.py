@@ -7,7 +7,7 @@ import textwrap
 from fastres import drawing
 
 from . import analysis
-from .analysis import Case, Memory, share
+from .analysis import Case, Memory
 from .results import Roofline, Row
 
 _COLORS = {
@@ -224,16 +224,16 @@ def bandwidth(cases: list[Case], ceilings: Roofline, where: str):
     """
     bars = [(case, case.best_ours) for case in cases]
     shown = sorted(bars, key=lambda bar: bar[1].seconds)[-MOST_BARS:]
-    shown.sort(key=lambda bar: share(bar[1], ceilings))
+    shown.sort(key=lambda bar: bar[1].roofline_share(ceilings))
     figure = drawing.figure(figsize=(12, 1.6 + _BAR * len(shown)))
     axes = figure.subplots()
     # Numbers are the places: two cases may have the same name.
     places = range(len(shown))
-    shares = [100 * share(row, ceilings) for _, row in shown]
+    shares = [100 * row.roofline_share(ceilings) for _, row in shown]
     axes.barh(places, shares, color=[color(row.variant) for _, row in shown])
     axes.set_yticks(places, [f"{case.title} ({row.variant})" for case, row in shown], fontsize="small")
     ticks = {
-        place: 100 * share(case.reference, ceilings)
+        place: 100 * case.reference.roofline_share(ceilings)
         for place, (case, _) in zip(places, shown, strict=True)
         if case.reference is not None and case.reference.bytes
     }

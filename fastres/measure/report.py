@@ -11,7 +11,7 @@ from fastres.files import write_text
 from fastres.train.errors import UserError
 
 from . import analysis, comparison, pictures
-from .analysis import Case, digits, ratio_text, share, time_text
+from .analysis import Case, digits, ratio_text, time_text
 from .comparison import Change, Comparison
 from .results import Results, ResultsError, Row
 
@@ -477,7 +477,7 @@ def _rate(row: Row) -> str:
 
 
 def _share(row: Row, results: Results) -> str:
-    value = share(row, results.roofline)
+    value = row.roofline_share(results.roofline)
     return "-" if value is None else f"{100 * value:.0f} %"
 
 

@@ -1,7 +1,7 @@
 """Result files: what was measured, how fast this machine can go, and under which conditions.
 
 A file is one JSON object: `conditions`, `roofline` and `rows` (one timed variant each). Figures are in base units
-(seconds, bytes, FLOP); what was not measured is null.
+(seconds, bytes, FLOP), and beside them stand rates that follow from them; what was not measured is null.
 """
 
 from __future__ import annotations
@@ -106,9 +106,14 @@ class Row:
     def flops_per_second(self) -> float | None:
         return None if self.seconds is None or not self.flops else self.flops / self.seconds
 
-    def roofline_share(self, roofline: Roofline) -> float | None:
-        """The measured floor over the measured time; 1 is as fast as this device was seen to be."""
-        if self.seconds is None or self.bytes is None:
+    def roofline_share(self, roofline: Roofline | None) -> float | None:
+        """The measured floor over the measured time; 1 is as fast as this device was seen to be.
+
+        None where there is no time, nothing known of the work, or the roofline that bounds it was not measured.
+        """
+        if self.seconds is None or self.bytes is None or roofline is None:
+            return None
+        if self.flops and self.dtype not in roofline.gemm:
             return None
         return roofline.seconds(self.bytes, self.flops or 0, self.dtype) / self.seconds
 
@@ -127,7 +132,20 @@ class Results:
 def write(path: Path, results: Results) -> None:
     """Write the file whole or not at all; parent folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"format": FORMAT} | dataclasses.asdict(results), indent=1) + "\n")
+    content = {"format": FORMAT} | dataclasses.asdict(results)
+    content["rows"] = [dataclasses.asdict(row) | _rates(row, results.roofline) for row in results.rows]
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _rates(row: Row, roofline: Roofline | None) -> dict[str, float | None]:
+    """For whoever reads the file without this module; `read` leaves them out."""
+    return {
+        "images_per_second": row.images_per_second,
+        "gigabytes_per_second": row.bytes_per_second and row.bytes_per_second / 1e9,
+        "teraflops_per_second": row.flops_per_second and row.flops_per_second / 1e12,
+        "roofline_percent": share if (share := row.roofline_share(roofline)) is None else 100 * share,
+        "saved_bytes_per_image": row.saved_bytes and row.saved_bytes / row.batch,
+    }
 
 
 def read(path: Path) -> Results:
@@ -138,7 +156,9 @@ def read(path: Path) -> Results:
         if content["format"] != FORMAT:
             raise ResultsError(f"{path} has format {content['format']}, this version of fastres reads {FORMAT}")
         roofline = content["roofline"] and Roofline(**content["roofline"])
-        rows = [Row(**(row | {"shape": tuple(row["shape"])})) for row in content["rows"]]
+        fields = {field.name for field in dataclasses.fields(Row)}
+        own = [{name: value for name, value in row.items() if name in fields} for row in content["rows"]]
+        rows = [Row(**(row | {"shape": tuple(row["shape"])})) for row in own]
         return Results(content["conditions"], roofline, rows, content["skipped"])
     except OSError as error:
         raise ResultsError(f"{path} cannot be read: {error.strerror}") from error
