@@ -23,8 +23,11 @@ from fastres.measure import report, results
 from fastres.train.console import print_table
 
 ROOT = Path(__file__).resolve().parent.parent
-REPORT_SECONDS = 20
-"""Kept back for the report."""
+REPORT_SECONDS = 35
+"""Kept back for the report, and for a last piece that has to be told to stop."""
+
+LEAST_SECONDS = 20
+"""What a piece gets at least where so much is left, whatever its share; where less is left it does not start."""
 
 GRACE_SECONDS = 15
 """What a piece has to write its results after it was told to stop."""
@@ -90,8 +93,8 @@ def run(
         for index, piece in enumerate(pieces):
             left = deadline - clock()
             share = piece.share / sum(other.share for other in pieces[index:])
-            seconds = left * share - GRACE_SECONDS
-            if seconds < 1:
+            seconds = max(left * share, LEAST_SECONDS)
+            if left < LEAST_SECONDS:
                 outcome = Outcome(piece.name, "skipped", 0, f"{max(0, left):.0f} s were left")
             else:
                 outcome = _run_piece(piece, seconds, out, log, clock)

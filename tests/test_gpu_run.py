@@ -43,20 +43,19 @@ def test_a_failing_piece_does_not_stop_the_rest(gpu, tmp_path, capsys):
 
 
 def test_a_piece_that_runs_out_of_its_time_is_interrupted_and_keeps_what_it_wrote(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 5)
-    monkeypatch.setattr(gpu, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
     code = (
         "import signal, time\n"
         "try:\n    signal.pause()\n"
         "except KeyboardInterrupt:\n    open({file!r}, 'w').write('saved')"
     ).format(file=str(tmp_path / "saved"))
-    (outcome,) = gpu.run([piece(gpu, "endless", code)], 8, tmp_path)
+    (outcome,) = gpu.run([piece(gpu, "endless", code)], gpu.REPORT_SECONDS + 3, tmp_path)
     assert (outcome.result, outcome.what) == ("FAILED", "stopped after its 3 s")
     assert (tmp_path / "saved").read_text() == "saved"
 
 
 def test_what_does_not_fit_is_skipped_and_said(gpu, tmp_path, capsys):
-    times = iter([0.0, 500.0, 540.0])
+    times = iter([0.0, 485.0])
     (outcome,) = gpu.run([piece(gpu, "late", "pass")], 530, tmp_path, clock=lambda: next(times))
     assert (outcome.result, outcome.what) == ("skipped", "10 s were left")
     assert "late: skipped" in capsys.readouterr().out
@@ -65,9 +64,14 @@ def test_what_does_not_fit_is_skipped_and_said(gpu, tmp_path, capsys):
 def test_unused_time_goes_to_the_pieces_behind(gpu, tmp_path):
     echo = "import sys; print('seconds', sys.argv[1])"
     pieces = [gpu.Piece("a", ("-c", echo, "{seconds}"), 1), gpu.Piece("b", ("-c", echo, "{seconds}"), 1)]
-    gpu.run(pieces, 620, tmp_path, clock=lambda: 0.0)
+    gpu.run(pieces, 600 + gpu.REPORT_SECONDS, tmp_path, clock=lambda: 0.0)
     given = [line.split()[1] for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("seconds")]
-    assert given == [str(300 - gpu.GRACE_SECONDS), str(600 - gpu.GRACE_SECONDS)]
+    assert given == ["300", "600"]
+
+
+def test_a_small_share_is_no_reason_to_skip(gpu, tmp_path):
+    pieces = [piece(gpu, "small", "pass", 0.01), piece(gpu, "large", "pass", 1.0)]
+    assert [outcome.result for outcome in gpu.run(pieces, 120, tmp_path)] == ["ok", "ok"]
 
 
 def test_the_pieces_exist(gpu):
