@@ -121,6 +121,7 @@ def _unit_rows(device: torch.device) -> Iterator[Row]:
         for mode in ("training", "eval"):
             for dtype in DTYPES:
                 fused, x, g = _unit(factory, shape, mode == "training", dtype)
+                exact = _stock(fused).double()
                 yield _row(
                     f"{name}, {mode}",
                     "auto",
@@ -129,7 +130,7 @@ def _unit_rows(device: torch.device) -> Iterator[Row]:
                     stock=lambda fused=fused, x=x, g=g: _run_module(
                         _stock(fused).to(device), x.to(device), g.to(device)
                     ),
-                    exact=lambda fused=fused, x=x, g=g: _run_module(_stock(fused).double(), x.double(), g.double()),
+                    exact=lambda exact=exact, x=x, g=g: _run_module(exact, x.double(), g.double()),
                 )
 
 

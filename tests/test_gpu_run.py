@@ -66,7 +66,7 @@ def test_unused_time_goes_to_the_pieces_behind(gpu, tmp_path):
     pieces = [gpu.Piece("a", ("-c", echo, "{seconds}"), 1), gpu.Piece("b", ("-c", echo, "{seconds}"), 1)]
     gpu.run(pieces, 600 + gpu.REPORT_SECONDS, tmp_path, clock=lambda: 0.0)
     given = [line.split()[1] for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("seconds")]
-    assert given == ["300", "600"]
+    assert given == [str(300 - gpu.GRACE_SECONDS), str(600 - gpu.GRACE_SECONDS)]
 
 
 def test_a_small_share_is_no_reason_to_skip(gpu, tmp_path):

@@ -22,7 +22,14 @@ LAYERS = [
 @pytest.mark.parametrize("layer", LAYERS)
 def test_forward(layer, batch, dtype, device, measure):
     case, sizes = cases.BY_NAME["conv1x1, stride 1"], BLOCKS[layer].reduce(batch)
-    measure(kernels.experiments(case, dtype, device, sizes, stock=lambda t: eager.conv(t["x"], t["weight"])))
+
+    def run(k, t):
+        k.conv1x1(**t)
+
+    def stock(t):
+        eager.conv(t["x"], t["weight"])
+
+    measure(kernels.experiments(case, dtype, device, sizes, run=run, stock=stock))
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -84,13 +84,20 @@ _READ_AGAIN: dict[object, Callable[[Sequence], list[Tensor]]] = {
 }
 """Inputs that an operator reads a second time."""
 
-_NOT_READ = {
-    aten.copy_: (0,),
-    aten.fill_: (0,),
-    aten.zero_: (0,),
-    aten.max_pool2d_with_indices_backward: (1,),
+def _not_for_one_direction(args: Sequence) -> list[Tensor]:
+    """A dgrad does not read the input, a wgrad not the weights."""
+    _, x, weight, *_, (need_x, need_weight, _) = args
+    return [t for t, needed in ((x, need_weight), (weight, need_x)) if not needed]
+
+
+_NOT_READ: dict[object, Callable[[Sequence], list[Tensor]]] = {
+    aten.copy_: lambda args: [args[0]],
+    aten.fill_: lambda args: [args[0]],
+    aten.zero_: lambda args: [args[0]],
+    aten.max_pool2d_with_indices_backward: lambda args: [args[1]],
+    aten.convolution_backward: _not_for_one_direction,
 }
-"""Positions of tensors that an operator takes and does not read."""
+"""Tensors that an operator takes and does not read."""
 
 _MAKES = ("empty", "new_empty", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "rand", "arange")
 """Operators of these names and their `_like` forms read nothing; those that make empty memory do not write either."""
@@ -101,7 +108,6 @@ def _vectors(count: int) -> Callable[[Sequence], tuple[Tensor, ...]]:
 
 
 _META = {
-    aten.batch_norm_stats: _vectors(2),
     aten.batch_norm_update_stats: _vectors(2),
     aten.batch_norm_backward_reduce: _vectors(4),
 }
@@ -169,7 +175,7 @@ def _moved(func, args, kwargs, result) -> int:
     written = sum(map(touched, tensors(result)))
     if name in _MAKES:
         return written
-    unread = {id(args[position]) for position in _NOT_READ.get(packet, ())}
+    unread = {id(t) for t in _NOT_READ.get(packet, lambda args: [])(args)}
     read = [t for t in tensors((args, kwargs)) if id(t) not in unread]
     if not func._schema.is_mutable and any(t is given for t in tensors(result) for given in read):
         return 0  # what contiguous() and to() give back where there is nothing to do

@@ -94,9 +94,10 @@ def run(experiment: Experiment, clock: Clock, left: Callable[[], float]) -> Repo
     skipped: dict[str, str] = {}
     failures: dict[str, str] = {}
     for name, variant in experiment.variants.items():
-        if variant.needs and left() < variant.needs:
+        if variant.needs and left() < variant.needs + experiment.settings.limit:
             skipped[f"{experiment.title}, {name}"] = (
-                f"{left():.0f} s left, and compiling may take {variant.needs:.0f} s"
+                f"{left():.0f} s left, compiling may take {variant.needs:.0f} s and timing all variants "
+                f"{experiment.settings.limit:.0f} s"
             )
             continue
         try:

@@ -86,6 +86,17 @@ def judge(
     return Verdict(text, f"wrong results: {failures[0]}{more}" if failures else None)
 
 
+@contextlib.contextmanager
+def no_search() -> Iterator[None]:
+    """cuDNN picks its convolutions by rule: a search, at shapes and dtypes that are not timed, takes long."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
 def judge_case(case: cases.Case, k: SimpleNamespace, t: Inputs, batch: int, make: Callable[[int], Inputs]) -> Verdict:
     """The verdict on a kernel case with the launchers of `k`, on inputs `t` of `batch` images, which stay as they are.
 
@@ -107,6 +118,7 @@ def judge_case(case: cases.Case, k: SimpleNamespace, t: Inputs, batch: int, make
             return Verdict("", "the gate is out of memory")
 
 
+@no_search()
 def _judge_case(case: cases.Case, k: SimpleNamespace, t: Inputs) -> Verdict:
     dtype = next(value.dtype for value in t.values() if isinstance(value, Tensor) and value.dim() == 4)
     ours = in_poisoned_memory(lambda: case.run(k, cases.copied(t)))
@@ -149,11 +161,11 @@ def poisoned() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """TF32 off, and no search for the fastest convolution, which in float64 would try very slow ones."""
+    """TF32 off."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        matmul.allow_tf32, cudnn.allow_tf32 = before

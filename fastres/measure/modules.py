@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastres
 from fastres import memory, plan
 
-from .gate import BASELINE, OURS, Named, Verdict, exact_arithmetic, in_poisoned_memory, judge
+from .gate import BASELINE, OURS, Named, Verdict, exact_arithmetic, in_poisoned_memory, judge, no_search
 
 COMPILE_MODES = ("default", "max-autotune", "reduce-overhead")
 
@@ -195,6 +195,7 @@ class Gate:
     def _images(self, flavour: Flavour) -> int:
         return self._batch if flavour.mode is not None else min(self._batch, GATE_IMAGES)
 
+    @no_search()
     def _results(self, subject: Subject, images: int) -> list[Named]:
         found = []
         for seed in range(self._seeds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -84,10 +85,13 @@ class Session:
             torch.cuda.set_device(self.device)
             # The fastest convolutions for everyone: baselines as people tune them.
             torch.backends.cudnn.benchmark = True
+        # What lives by now stays: collecting garbage, which happens after every variant, need not look at it again.
+        gc.collect()
+        gc.freeze()
         self._clock = timing.clock(self.device)
-        found = Results(
-            conditions.gather(self.device), roofline.measure(self.device, list(self._dtypes), self._clock), []
-        )
+        reached = roofline.measure(self.device, list(self._dtypes), self._clock)
+        # Afterwards, so that clocks are read of a device that is awake.
+        found = Results(conditions.gather(self.device), reached, [])
         path = self.folder / results.FILE_NAME
         if path.exists():
             found = self._merged(path, found)

@@ -89,6 +89,8 @@ class CudaClock:
         times = math.ceil(lead / self._filling) if self._filling > 0 else 1
         for _ in range(max(1, times)):
             self._filler.fill_(1)
+        # Read back, so that no written line is left in the cache: the burst would pay for storing them.
+        self._filler.view(torch.int64).amax()
 
 
 def clock(device: torch.device) -> Clock:
@@ -224,12 +226,13 @@ class _Variant:
                 call()
         self._calls = cycle
         self._burst()
+        # Half more than it took: a launch into a full queue waits for room there.
+        lead = 1.5 * self._launching if self._settings.queued else 0.0
+        self._lead = lead
         seconds = sum(self._burst()) * cycle
         if seconds > 0:
             self._calls = cycle * max(1, math.ceil(self._settings.burst / seconds))
-        if self._settings.queued:
-            # Half more than it took: a launch into a full queue waits for room there.
-            self._lead = 1.5 * self._launching * self._calls / cycle
+        self._lead = lead * self._calls / cycle
 
     def warm(self, now: Callable[[], float]) -> None:
         begun, before = now(), None

@@ -15,12 +15,12 @@ import fastres
 from fastres import cost
 
 from .experiment import Experiment, Ready, Variant, Work
-from .gate import REFERENCE, Named
+from .gate import REFERENCE, Named, no_search
 from .modules import STOCK, Flavour, Gate, Inputs, Subject, flavours
 from .timing import Parts, Settings, release
 
 UNIT_SETTINGS = {
-    "cuda": Settings(burst=0.01, samples=30, limit=6.0, warmup=1.0),
+    "cuda": Settings(burst=0.03, samples=30, limit=6.0, warmup=1.0),
     "cpu": Settings(burst=0.01, samples=10, limit=1.5, warmup=0.3, first=2, window=2),
 }
 MODEL_SETTINGS = {
@@ -55,7 +55,7 @@ def unit_training(
     stock = _stock(make).to(device)
     needs_grad = shape[1] != 3
     activations = dtype if dtype.itemsize == 2 else torch.float32
-    with torch.no_grad():
+    with torch.no_grad(), no_search():
         out = stock(torch.randn(2, *shape[1:], device=device)).shape[1:]
 
     def inputs(seed: int, images: int) -> Inputs:
@@ -71,6 +71,7 @@ def unit_training(
             "backward": lambda: torch.autograd.grad(outputs.pop(), wanted, g),
         }, lambda: None
 
+    @functools.cache
     def steps(scheme: str) -> list[cost.Step]:
         if not needs_grad:
             return cost.training_step(stock, shape, dtype, scheme=scheme)
@@ -110,6 +111,7 @@ def model_training(
 
         return {"forward": forward, "backward": lambda: losses.pop().backward(), "optimizer": optimizer}, finish
 
+    @functools.cache
     def steps(scheme: str) -> list[cost.Step]:
         return cost.training_step(stock, shape, dtype, scheme=scheme)
 
@@ -227,7 +229,7 @@ def _stock_model(name: str, shape: tuple[int, ...], device: torch.device) -> nn.
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None
-    with torch.no_grad():
+    with torch.no_grad(), no_search():
         model(_images(shape, device, model)(1, 2)[0])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -14,9 +14,8 @@ def channel_stats(y: Tensor) -> ChannelStats:
     """As the reference, in one read of y and without a float32 copy of it."""
     count = rows(y).shape[0]
     if on_gpu(y):
-        # eps = 0: the variance is read back from 1/sqrt(variance); a constant channel gives inf and so 0.
-        mean, rstd = torch.batch_norm_stats(nchw(y), 0.0)
-        var = rstd.square().reciprocal()
+        # Not batch_norm_stats, which gives 1/sqrt(variance): of a constant channel 0, as of an infinite variance.
+        mean, var = torch.ops.aten.batch_norm_update_stats(nchw(y), None, None, 0.0)
     else:
         # ATen's mean over channels_last memory is a plain running sum; the variance around it is good, the mean is not.
         mean = y.sum((0, 1, 2), dtype=acc_dtype(y.dtype)) / count

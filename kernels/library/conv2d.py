@@ -37,8 +37,12 @@ def conv2d_dgrad(
     groups: int = 1,
 ) -> Tensor:
     """As the reference."""
-    shape = (dy.shape[0], weight.shape[1] * groups, *input_hw)
-    return nhwc(torch.nn.grad.conv2d_input(shape, weight, nchw(dy), stride, padding, dilation, groups))
+    # torch.nn.grad.conv2d_input has a placeholder for x that makes cuDNN leave channels_last, with copies to and fro.
+    x = nchw(dy.new_empty(dy.shape[0], *input_hw, weight.shape[1] * groups))
+    backward = torch.ops.aten.convolution_backward
+    wanted = [True, False, False]
+    dx, _, _ = backward(nchw(dy), x, weight, None, stride, padding, dilation, False, (0, 0), groups, wanted)
+    return nhwc(dx)
 
 
 def conv2d_wgrad(

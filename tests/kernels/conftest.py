@@ -17,10 +17,10 @@ from fastres.numerics import assert_three_way
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """On a CUDA machine what launches Triton's kernels runs on the device, so `-m gpu` chooses it."""
+    """On a CUDA machine most of this folder runs on the device, so `-m gpu` chooses it."""
     if torch.cuda.is_available():
         for item in items:
-            if Path(__file__).parent in item.path.parents and "triton_kernels" in item.fixturenames:
+            if Path(__file__).parent in item.path.parents and "device" in item.fixturenames:
                 item.add_marker(pytest.mark.gpu)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastres import cases, static_checks
 from fastres.cases.batch_norm import masked
-from fastres.kernels import reference
+from fastres.kernels import library, reference
 from fastres.kernels.reference.batch_norm import ChannelStats
 from fastres.numerics import assert_three_way, relative_error
 
@@ -312,3 +312,12 @@ def test_reference_within_twice_the_error_of_stock(name, dtype):
     assert ours.keys() == stock.keys() == exact.keys()
     for result in exact:
         assert_three_way(result, ours[result], stock[result], exact[result].double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_of_a_constant_channel_by_the_library(dtype, device):
+    y = torch.randn(2, 5, 7, 3, device=device).to(dtype)
+    y[..., 1] = 3.0
+    count, mean, m2 = library.channel_stats(y)
+    assert m2[:, 1].sum() == 0 and torch.allclose(mean[:, 1], mean.new_tensor(3.0))
+    assert torch.isfinite(mean).all() and torch.isfinite(m2).all() and (m2[:, [0, 2]] > 0).all()
