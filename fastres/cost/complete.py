@@ -38,7 +38,7 @@ def complete_bytes(place: Place, kernel: str, arguments: kernels.Arguments, resu
             saved += touched(result[2])
         elif kernel == "bn_bwd_apply" and arguments["need_residual"] and arguments["residual_bn"] is None:
             saved += touched(result[1])
-    one_pass = kernel in ("conv1x1_dgrad", "conv1x1_wgrad") and reads["g"] and _narrow(arguments)
+    one_pass = kernel in ("conv1x1_dgrad", "conv1x1_wgrad") and _narrow(arguments)
     if kernel == "conv1x1_wgrad" and one_pass:
         saved += reads["g"] + reads.get("y", 0)
     makes_input_grad = kernel == "conv1x1_dgrad" or (kernel == "conv3x3_dgrad" and arguments["bn"] is None)

@@ -123,3 +123,12 @@ def test_a_comparison_prints_every_block_and_the_totals(resnet50):
         counted = cost.total(comparison.steps[scheme]).bytes / 32 / 1e6
         assert float(line.removeprefix(name).split()[0]) == pytest.approx(counted, abs=0.05)
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_inside_a_stage_the_mask_is_in_the_gradient(steps):
+    """Only the last block of a stage reads its output for the mask, and writes the masked gradient."""
+    moved = {
+        step.unit: step.bytes for step in steps["complete"] if step.kernel == "expand_wgrad" and "layer3" in step.unit
+    }
+    block = 256 * 14 * 14 * 1024 * 2
+    assert moved["layer3.1"] == moved["layer3.4"] == moved["layer3.5"] - 2 * block
