@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import fastres
 from fastres import cost, models
+from fastres.cost.traffic import Traffic
 from fastres.parts import PARTS
 
 
@@ -132,3 +134,20 @@ def test_inside_a_stage_the_mask_is_in_the_gradient(steps):
     }
     block = 256 * 14 * 14 * 1024 * 2
     assert moved["layer3.1"] == moved["layer3.4"] == moved["layer3.5"] - 2 * block
+
+
+def test_a_real_step_moves_what_the_meta_device_says():
+    model, shape = fastres.revert(models.create("cifar_resnet20")), (4, 3, 32, 32)
+    on_meta = cost.training_step(model, shape, torch.float32, scheme="stock")
+    images = torch.randn(shape).to(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
+    with Traffic(PARTS["h200"]) as traffic:
+        F.cross_entropy(model(images), torch.zeros(4, dtype=torch.int64)).backward()
+    counted, expected = ({step.kernel: 0 for step in steps} for steps in (traffic.steps, on_meta))
+    for sums, steps in ((counted, traffic.steps), (expected, on_meta)):
+        for step in steps:
+            sums[step.kernel] += step.bytes
+    for kernel in ("convolution", "convolution_backward", "native_batch_norm_backward", "threshold_backward", "relu_"):
+        assert counted[kernel] == expected[kernel], kernel
+    assert cost.total(traffic.steps).flops == cost.total(on_meta).flops
+    assert cost.total(traffic.steps).bytes == pytest.approx(cost.total(on_meta).bytes, rel=0.01)
