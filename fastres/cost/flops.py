@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import register_flop_formula
@@ -29,9 +30,14 @@ def register() -> None:
 
 def _formula(body: Callable) -> Callable[..., int]:
     def flops(*args, out_val=None) -> int:
-        on_meta = tree_map_only(Tensor, lambda t: t.to("meta"), args)
+        on_meta = tree_map_only(Tensor, _on_meta, args)
         with Traffic(PARTS["h200"]) as traffic, plan.wrapping(lambda k: counting(k, traffic, contract_bytes)):
             body(*on_meta)
         return sum(step.flops for step in traffic.steps)
 
     return flops
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    """The shape; float64 as float32, which has the same products, because no part has a floor for float64."""
+    return t.to("meta", torch.float32 if t.dtype == torch.float64 else t.dtype)

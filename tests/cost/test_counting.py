@@ -111,11 +111,12 @@ def test_counting_changes_no_result():
     assert [(step.kernel, step.backend) for step in steps] == [("bn_act", "library")]
 
 
-def test_flop_counter_knows_the_fused_operators():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_flop_counter_knows_the_fused_operators(dtype):
     from torch.utils.flop_counter import FlopCounterMode
 
-    x = torch.randn(2, 16, 6, 5, requires_grad=True)
-    weight = torch.randn(8, 16, 3, 3, requires_grad=True)
+    x = torch.randn(2, 16, 6, 5, dtype=dtype, requires_grad=True)
+    weight = torch.randn(8, 16, 3, 3, dtype=dtype, requires_grad=True)
     bn = BatchNormParams(torch.ones(8), torch.zeros(8), None, None, None, True, 0.1, 1e-5)
     products = 2 * (2 * 6 * 5 * 8) * 16 * 9
     with FlopCounterMode(display=False) as counter:
