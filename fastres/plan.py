@@ -1,7 +1,10 @@
 """Which launcher runs each kernel of a fused unit: the one place where that is decided.
 
 A plan is a namespace `k` with one launcher per kernel name; the bodies in `fastres.functional` read `k.conv1x1(...)`
-and know nothing of backends.
+and know nothing of backends. `k.gram_folding` says which of their two forms they run (`fastres.functional._residual`).
+On a GPU blocks are Gram-folded where the kernels that make `expand` one pass exist: by library operators the folded
+form takes many small launches for its matrices, and the stored form's convolutions and passes are fewer. On a CPU
+launches cost little, and folding saves memory and a pass over the widest tensor.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamesp
     if backend == "auto" and device_type == "cpu" and backends.available()["projection"] is None:
         extension = backends.load("projection")
         chosen |= {name: getattr(extension, name) for name in _EXTENSION_ON_CPU.get(dtype, ())}
-    return SimpleNamespace(**chosen)
+    return SimpleNamespace(**chosen, gram_folding=device_type == "cpu" or origin(chosen["expand"]) != "library")
 
 
 def _preference(dtype: torch.dtype, device_type: str, backend: str) -> tuple[str, ...]:
@@ -95,7 +98,17 @@ def _has_triton(device_type: str) -> bool:
 
 def origins(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> dict[str, str]:
     """Kernel name -> the namespace whose launcher `resolve` chose."""
-    return {name: origin(launcher) for name, launcher in vars(resolve(dtype, device, backend)).items()}
+    return {name: origin(launcher) for name, launcher in launchers(resolve(dtype, device, backend)).items()}
+
+
+def in_form(k: SimpleNamespace, gram_folding: bool) -> SimpleNamespace:
+    """The same launchers, with blocks Gram-folded or stored whatever the plan says."""
+    return SimpleNamespace(**vars(k) | {"gram_folding": gram_folding})
+
+
+def launchers(k: SimpleNamespace) -> dict[str, Callable]:
+    """The launchers of a plan by name."""
+    return {name: value for name, value in vars(k).items() if callable(value)}
 
 
 def origin(launcher: Callable) -> str:

@@ -39,7 +39,7 @@ def test_backward(layer, batch, dtype, device, measure):
 
     case, sizes = cases.BY_NAME["conv1x1 backward, stride 1, residual"], BLOCKS[layer].reduce(batch)
     single = {
-        "conv1x1_dgrad, y, residual": lambda t: stock(t, wgrad=False),
-        "conv1x1_wgrad, y": lambda t: stock(t, dgrad=False),
+        "conv1x1_dgrad, bn, grad, y, residual": lambda t: stock(t, wgrad=False),
+        "conv1x1_wgrad, bn, grad, y": lambda t: stock(t, dgrad=False),
     }
     measure(kernels.experiments(case, dtype, device, sizes, stock=stock, eager=single))

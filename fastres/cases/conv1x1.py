@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch.nn import grad as conv_grad
 
 from ._common import Case, Maker, backward_vectors, batch_norm_backward, conv, merged, nchw, nhwc, statistics
@@ -27,36 +26,40 @@ def _stock_forward(t):
     return {"y": y, **statistics(y)}
 
 
-def _backward(stride, residual, constant):
+def _backward(stride, residual, form):
     def make(f: Maker, n, h, w, c, k):
         x = f.activation(n, h, w, c)
         weight = f.weight(k, c)
         y = conv(x, weight, stride) + f.activation(k)
         g = f.activation(*y.shape)
-        bn = f.constants(y) if constant else f.bn(y)
-        return {
+        t = {
             "x": x,
             "weight": weight,
             "g": g,
-            "y": None if constant else y,
-            "bn": bn,
-            "grad": torch.zeros_like(bn) if constant else backward_vectors(g, y, bn),
             "residual": f.activation(*x.shape) if residual else None,
             "stride": stride,
         }
+        if form == "batch":
+            bn = f.bn(y)
+            t |= {"y": y, "bn": bn, "grad": backward_vectors(g, y, bn)}
+        elif form == "constant":
+            t["bn"] = f.constants(y)
+        return t
 
     return make
 
 
 def _run_backward(k, t):
-    through = {name: t[name] for name in ("g", "bn", "grad", "y", "stride")}
+    through = {name: t[name] for name in ("g", "bn", "grad", "y", "stride") if name in t}
     dx = k.conv1x1_dgrad(weight=t["weight"], input_hw=t["x"].shape[1:3], residual=t["residual"], **through)
     return {"dx": dx, "dW": k.conv1x1_wgrad(t["x"], **through)}
 
 
 def _stock_backward(t):
-    constant = t["y"] is None
-    dy = nchw(batch_norm_backward(t["g"], t["g"] if constant else t["y"], t["bn"], constant)[0])
+    dy = t["g"]
+    if "bn" in t:
+        dy, _, _ = batch_norm_backward(dy, t.get("y", dy), t["bn"], constant="y" not in t)
+    dy = nchw(dy)
     x, weight, stride = nchw(t["x"]), t["weight"][:, :, None, None], t["stride"]
     dx = nhwc(conv_grad.conv2d_input(x.shape, weight, dy, stride))
     return {
@@ -65,6 +68,9 @@ def _stock_backward(t):
     }
 
 
+_FORMS = {"batch": "", "constant": ", constant", "plain": ", dy given"}
+"""Whether dy is formed on load, from what statistics."""
+
 CASES = [
     *(
         Case(f"conv1x1, stride {stride}", ("conv1x1",), _forward(stride), _run_forward, _stock_forward, SIZES)
@@ -72,13 +78,20 @@ CASES = [
     ),
     *(
         Case(
-            f"conv1x1 backward, stride {stride}{', residual' if residual else ''}{', constant' if constant else ''}",
+            f"conv1x1 backward, stride {stride}{', residual' if residual else ''}{_FORMS[form]}",
             ("conv1x1_dgrad", "conv1x1_wgrad"),
-            _backward(stride, residual, constant),
+            _backward(stride, residual, form),
             _run_backward,
             _stock_backward,
             SIZES,
         )
-        for stride, residual, constant in ((1, False, False), (1, True, False), (2, True, False), (1, True, True))
+        for stride, residual, form in (
+            (1, False, "batch"),
+            (1, True, "batch"),
+            (2, True, "batch"),
+            (1, True, "constant"),
+            (1, True, "plain"),
+            (2, False, "plain"),
+        )
     ),
 ]

@@ -54,7 +54,7 @@ def counting(k: SimpleNamespace, traffic: Traffic, every: Bytes | None = None) -
 
         return call
 
-    return SimpleNamespace(**{kernel: wrapped(kernel, launcher) for kernel, launcher in vars(k).items()})
+    return SimpleNamespace(**vars(k) | {name: wrapped(name, launcher) for name, launcher in plan.launchers(k).items()})
 
 
 def count(k: SimpleNamespace, call: Callable[[SimpleNamespace], object], part: Part = PARTS["h200"]) -> list[Step]:

@@ -57,10 +57,10 @@ def training_step(
     traffic = Traffic(part)
 
     def wrap(k):
-        every = None
-        if scheme == "complete":
-            every = functools.partial(complete_bytes, places.get(traffic.unit, Place(True, True)))
-        return counting(k, traffic, every)
+        if scheme != "complete":
+            return counting(k, traffic)
+        k = plan.in_form(k, gram_folding=True)
+        return counting(k, traffic, functools.partial(complete_bytes, places.get(traffic.unit, Place(True, True))))
 
     def expand(func):
         body = _library.BODIES.get(func)

@@ -107,11 +107,20 @@ def _vectors(count: int) -> Callable[[Sequence], tuple[Tensor, ...]]:
     return lambda args: tuple(args[0].new_empty(args[0].shape[1], dtype=torch.float32) for _ in range(count))
 
 
-_META = {
+def _convolution(args: Sequence) -> Tensor:
+    x, weight = args[:2]
+    y = aten.convolution.default(*args)
+    if any(t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)):
+        return y.contiguous(memory_format=torch.channels_last)
+    return y
+
+
+META: dict[object, Callable[[Sequence], object]] = {
     aten.batch_norm_update_stats: _vectors(2),
     aten.batch_norm_backward_reduce: _vectors(4),
+    aten.convolution: _convolution,
 }
-"""Results on the meta device of operators that PyTorch does not run there."""
+"""Results on the meta device as a GPU's, where PyTorch has none, or ones of other strides."""
 
 
 def _convolution_backward_flops(*args, out_val) -> int:
@@ -152,8 +161,8 @@ class Traffic(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         packet = func.overloadpacket
-        on_meta = packet in _META and args[0].device.type == "meta"
-        result = _META[packet](args) if on_meta else func(*args, **kwargs)
+        on_meta = packet in META and args[0].device.type == "meta"
+        result = META[packet](args) if on_meta else func(*args, **kwargs)
         moved = _moved(func, args, kwargs, result)
         if moved:
             formula = _FLOPS.get(packet)

@@ -94,20 +94,23 @@ class ForwardOps:
         return self.const(*inputs, *const_args(bn, state), list(geometry), backend)
 
 
+def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Conv weights as an operator takes them: in the activation dtype. Done once per step and saved for backward."""
+    return [parameter.to(dtype) for parameter in parameters]
+
+
 def weight_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """`grad` in the dtype, shape and strides of its parameter, so that autograd accumulates it without a copy."""
-    return torch.empty_like(weight).copy_(grad.view(weight.shape))
+    """`grad`, in acc, in the shape and strides of its weight, so that autograd accumulates it without a copy."""
+    grad = grad.view(weight.shape)
+    strides = zip(weight.shape, grad.stride(), weight.stride(), strict=True)
+    if all(ours == theirs for size, ours, theirs in strides if size > 1):
+        return grad.as_strided(weight.shape, weight.stride())
+    return torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
 
 
-def weight_grads(
-    grads: Sequence[Tensor | None], weights: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """`weight_grad` where needed, else None; a block without projection has one weight less than `grads`."""
-    found = [
-        weight_grad(grad, weight) if needed else None
-        for grad, weight, needed in zip(grads[: len(weights)], weights, needs, strict=True)
-    ]
-    return found + [None] * (len(grads) - len(weights))
+def parameter_grads(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """What operators give as `weight_grad`, in the dtype of the parameters."""
+    return [None if g is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
 
 
 def nhwc(x: Tensor) -> Tensor:

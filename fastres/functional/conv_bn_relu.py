@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.kernels.reference._common import acc_dtype
+
 from .. import plan
-from ._batch_norm import BatchNormConfig, BatchNormParams, finalize, flatten, state_grads
+from ._batch_norm import BatchNormConfig, BatchNormParams, finalize, flatten, needed, state_grads
 from ._checks import check_rows, output_size, prepare_input
-from ._library import ForwardOps, define, nchw, nhwc, refuse_double_backward, weight_grad
+from ._library import ForwardOps, cast, define, nchw, nhwc, parameter_grads, refuse_double_backward, weight_grad
 
 Pair = tuple[int, int]
 
@@ -47,8 +49,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     k = plan.resolve(x.dtype, x.device, backend)
     shape = Geometry(*geometry)
-    y, stats = k.conv2d(x, weight.to(x.dtype), *shape.conv, bns[0].batch_stats)
-    bn = finalize(k, bns[0], stats, x.dtype)
+    y = k.conv2d(x, weight, *shape.conv)
+    bn = finalize(k, bns[0], k.channel_stats(y) if bns[0].batch_stats else None, x.dtype)
     return k.bn_act(y, bn, relu=bool(shape.relu)), y, bn
 
 
@@ -63,21 +65,22 @@ def _backward(
     geometry: list[int],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dW and `grad` `[4, K]`; needs: x, weight."""
+    """dx, dW (in acc) and `grad` `[4, K]`; needs: x, weight, gamma or beta."""
     k = plan.resolve(x.dtype, x.device, backend)
     shape = Geometry(*geometry)
-    need_x, need_w = needs
+    need_x, need_w, need_bn = needs
     relu = bool(shape.relu)
-    sums, _ = k.bn_bwd_reduce(g, y, bn, relu=relu)
-    grad = k.bn_bwd_finalize(sums, bn, y.shape[:3].numel() if batch_stats else None)
-    dx = dw = None
+    dx = dw = grad = None
+    if need_bn or batch_stats:
+        sums, _ = k.bn_bwd_reduce(g, y, bn, relu=relu)
+        grad = k.bn_bwd_finalize(sums, bn, y.shape[:3].numel() if batch_stats else None)
     if need_x or need_w:
         dy, _ = k.bn_bwd_apply(g, y if batch_stats or relu else None, bn, grad, relu=relu)
     if need_w:
         dw = weight_grad(k.conv2d_wgrad(x, dy, weight.shape[2:], *shape.conv), weight)
     if need_x:
-        dx = k.conv2d_dgrad(dy, weight.to(x.dtype), x.shape[1:3], *shape.conv)
-    return dx, dw, grad
+        dx = k.conv2d_dgrad(dy, weight, x.shape[1:3], *shape.conv)
+    return dx, dw, grad if need_bn else None
 
 
 def _output_shape(x: Tensor, weight: Tensor, shape: Geometry) -> tuple[int, ...]:
@@ -90,15 +93,14 @@ def _output_shape(x: Tensor, weight: Tensor, shape: Geometry) -> tuple[int, ...]
 
 def _forward_fake(x, weight, bns, geometry, backend):
     y = x.new_empty(_output_shape(x, weight, Geometry(*geometry)))
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return y, torch.empty_like(y), x.new_empty(4, weight.shape[0], dtype=wide)
+    return y, torch.empty_like(y), x.new_empty(4, weight.shape[0], dtype=acc_dtype(x.dtype))
 
 
 def _backward_fake(g, x, weight, y, bn, batch_stats, needs, geometry, backend):
     return (
         torch.empty_like(x) if needs[0] else None,
-        torch.empty_like(weight) if needs[1] else None,
-        torch.empty_like(bn),
+        torch.empty_like(weight, dtype=bn.dtype) if needs[1] else None,
+        torch.empty_like(bn) if needs[2] else None,
     )
 
 
@@ -118,25 +120,27 @@ class ConvBNReLUFunction(torch.autograd.Function):
     """`conv_bn_relu` for autograd."""
 
     @staticmethod
-    def forward(ctx, config: Config, x: Tensor, weight: Tensor, *state: Tensor | None) -> Tensor:
+    def forward(ctx, config: Config, x: Tensor, parameter: Tensor, *state: Tensor | None) -> Tensor:
+        (weight,) = cast([parameter], x.dtype)
         out, y, bn = _forward_ops((nhwc(x), weight), config.bn, state, config.geometry, config.backend)
         ctx.config = config
         ctx.state_dtypes = [None if tensor is None else tensor.dtype for tensor in state]
-        ctx.save_for_backward(x, weight, y, bn)
+        ctx.save_for_backward(x, parameter, weight, y, bn)
         return out
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         config = ctx.config
-        x, weight, y, bn = ctx.saved_tensors
+        x, parameter, weight, y, bn = ctx.saved_tensors
         _, need_x, need_w, *need_state = ctx.needs_input_grad
         with torch.no_grad():
             dx, dw, grad = _backward_op(
-                nhwc(g), nhwc(x), weight, y, bn, config.bn.batch_stats[0], [need_x, need_w],
+                nhwc(g), nhwc(x), weight, y, bn, config.bn.batch_stats[0], [need_x, need_w, *needed(need_state)],
                 list(config.geometry), config.backend,
             )  # fmt: skip
-            grads = [None if dx is None else nchw(dx), dw, *state_grads([grad], ctx.state_dtypes, need_state)]
-        return None, *refuse_double_backward(grads, g, x, weight)
+            grads = [None if dx is None else nchw(dx), *parameter_grads([dw], [parameter])]
+            grads += state_grads([grad], ctx.state_dtypes, need_state)
+        return None, *refuse_double_backward(grads, g, x, parameter)
 
 
 def conv_bn_relu(

@@ -1,7 +1,8 @@
-"""The projection shortcut on its own: a strided 1x1 convolution and its batch norm, Gram-folded.
+"""The projection shortcut on its own: a strided 1x1 convolution and its batch norm.
 
 Source: He et al. (2015), section 3.3, options B and C. Inside a block it is part of the block's operator; this unit
-serves networks that keep the shortcut apart. Nothing of the output's size is saved for backward.
+serves networks that keep the shortcut apart. Gram-folded, nothing of the output's size is saved for backward; in the
+stored form, the raw conv output is (`_residual.py` says when).
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.kernels.reference._common import acc_dtype
+
 from .. import plan
-from ._batch_norm import BatchNormConfig, BatchNormParams, flatten, fold, state_grads
+from ._batch_norm import BatchNormConfig, BatchNormParams, finalize, flatten, fold, needed, state_grads
 from ._checks import check_rows, output_size, prepare_input
-from ._library import ForwardOps, define, nchw, nhwc, refuse_double_backward, weight_grad
+from ._library import ForwardOps, cast, define, nchw, nhwc, parameter_grads, refuse_double_backward, weight_grad
 
 
 class Config(NamedTuple):
@@ -28,36 +31,52 @@ def _forward(
 ) -> tuple[Tensor | None, ...]:
     k = plan.resolve(x.dtype, x.device, backend)
     (stride,) = geometry
-    w = weight.to(x.dtype).flatten(1)
+    w = weight.flatten(1)
+    if not k.gram_folding:
+        y, _ = k.conv1x1(x, w, stride, False)
+        bn = finalize(k, bns[0], k.channel_stats(y) if bns[0].batch_stats else None, x.dtype)
+        return k.bn_act(y, bn, relu=False), y, bn, None, None
     n, ho, wo, _ = _output_shape(x, weight, stride)
     bn, mean, scatter = fold(k, bns[0], k.projection_gram(x, stride) if bns[0].batch_stats else None, n * ho * wo, w)
-    return k.projection_fprop(x, w, bn, stride), bn, mean, scatter
+    return k.projection_fprop(x, w, bn, stride), None, bn, mean, scatter
 
 
 def _backward(
     g: Tensor,
     x: Tensor,
     weight: Tensor,
+    y: Tensor | None,
     bn: Tensor,
     mean: Tensor | None,
     scatter: Tensor | None,
+    batch_stats: bool,
     needs: list[bool],
     geometry: list[int],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dW and `grad` `[4, K]`; needs: x, weight."""
+    """dx, dW (in acc) and `grad` `[4, K]`; needs: x, weight, gamma or beta. y: None from the Gram-folded form."""
     k = plan.resolve(x.dtype, x.device, backend)
     (stride,) = geometry
-    need_x, need_w = needs
-    p = k.projection_wgrad(g, x, stride)
-    sum_g = g.sum((0, 1, 2), dtype=bn.dtype)
+    need_x, need_w, need_bn = needs
+    w = weight.flatten(1)
     rows = g.shape[:3].numel()
-    dw, grad, u, v, c = k.gram_bwd(p, sum_g, weight.to(x.dtype).flatten(1), bn, rows, mean, scatter)
-    dx = None
-    if need_x:
-        dx = torch.zeros_like(x)
-        k.projection_dgrad(dx, g, x, u, v, c, stride)
-    return dx, weight_grad(dw, weight) if need_w else None, grad
+    dx = dw = grad = None
+    if y is None:
+        p = k.projection_wgrad(g, x, stride)
+        dw, grad, u, v, c = k.gram_bwd(p, g.sum((0, 1, 2), dtype=bn.dtype), w, bn, rows, mean, scatter)
+        if need_x:
+            dx = torch.zeros_like(x)
+            k.projection_dgrad(dx, g, x, u, v, c, stride)
+    else:
+        if need_bn or batch_stats:
+            grad = k.bn_bwd_finalize(k.bn_bwd_reduce(g, y, bn)[0], bn, rows if batch_stats else None)
+        if need_x or need_w:
+            dy, _ = k.bn_bwd_apply(g, y if batch_stats else None, bn, grad)
+        if need_w:
+            dw = k.conv1x1_wgrad(x, dy, stride)
+        if need_x:
+            dx = k.conv1x1_dgrad(dy, w, x.shape[1:3], stride)
+    return dx, weight_grad(dw, weight) if need_w else None, grad if need_bn else None
 
 
 def _output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
@@ -68,30 +87,33 @@ def _output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
 
 def _forward_fake(x, weight, bns, geometry, backend):
     c = x.shape[3]
-    wide = x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    moments = (wide.new_empty(c), wide.new_empty(c, c)) if bns[0].batch_stats else (None, None)
-    return x.new_empty(_output_shape(x, weight, *geometry)), wide.new_empty(4, weight.shape[0]), *moments
+    out = x.new_empty(_output_shape(x, weight, *geometry))
+    bn = x.new_empty(4, weight.shape[0], dtype=acc_dtype(x.dtype))
+    if not plan.resolve(x.dtype, x.device, backend).gram_folding:
+        return out, torch.empty_like(out), bn, None, None
+    moments = (bn.new_empty(c), bn.new_empty(c, c)) if bns[0].batch_stats else (None, None)
+    return out, None, bn, *moments
 
 
-def _backward_fake(g, x, weight, bn, mean, scatter, needs, geometry, backend):
+def _backward_fake(g, x, weight, y, bn, mean, scatter, batch_stats, needs, geometry, backend):
     return (
         torch.empty_like(x) if needs[0] else None,
-        torch.empty_like(weight) if needs[1] else None,
-        torch.empty_like(bn),
+        torch.empty_like(weight, dtype=bn.dtype) if needs[1] else None,
+        torch.empty_like(bn) if needs[2] else None,
     )
 
 
 _forward_ops = ForwardOps(
     "projection",
     "Tensor x, Tensor weight",
-    "Tensor out, Tensor bn, Tensor mean, Tensor scatter",
+    "Tensor out, Tensor y, Tensor bn, Tensor mean, Tensor scatter",
     _forward,
     _forward_fake,
 )
 _backward_op = define(
     "projection_bwd",
-    "(Tensor g, Tensor x, Tensor weight, Tensor bn, Tensor? mean, Tensor? scatter, bool[] needs, int[] geometry, "
-    "str backend) -> (Tensor dx, Tensor dw, Tensor grad)",
+    "(Tensor g, Tensor x, Tensor weight, Tensor? y, Tensor bn, Tensor? mean, Tensor? scatter, bool batch_stats, "
+    "bool[] needs, int[] geometry, str backend) -> (Tensor dx, Tensor dw, Tensor grad)",
     _backward,
     _backward_fake,
 )
@@ -101,24 +123,27 @@ class ProjectionFunction(torch.autograd.Function):
     """`projection` for autograd."""
 
     @staticmethod
-    def forward(ctx, config: Config, x: Tensor, weight: Tensor, *state: Tensor | None) -> Tensor:
+    def forward(ctx, config: Config, x: Tensor, parameter: Tensor, *state: Tensor | None) -> Tensor:
+        (weight,) = cast([parameter], x.dtype)
         out, *saved = _forward_ops((nhwc(x), weight), config.bn, state, [config.stride], config.backend)
         ctx.config = config
         ctx.state_dtypes = [None if tensor is None else tensor.dtype for tensor in state]
-        ctx.save_for_backward(x, weight, *saved)
+        ctx.save_for_backward(x, parameter, weight, *saved)
         return out
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         config = ctx.config
-        x, weight, *saved = ctx.saved_tensors
+        x, parameter, weight, *saved = ctx.saved_tensors
         _, need_x, need_w, *need_state = ctx.needs_input_grad
         with torch.no_grad():
             dx, dw, grad = _backward_op(
-                nhwc(g), nhwc(x), weight, *saved, [need_x, need_w], [config.stride], config.backend
-            )
-            grads = [None if dx is None else nchw(dx), dw, *state_grads([grad], ctx.state_dtypes, need_state)]
-        return None, *refuse_double_backward(grads, g, x, weight)
+                nhwc(g), nhwc(x), weight, *saved, config.bn.batch_stats[0], [need_x, need_w, *needed(need_state)],
+                [config.stride], config.backend,
+            )  # fmt: skip
+            grads = [None if dx is None else nchw(dx), *parameter_grads([dw], [parameter])]
+            grads += state_grads([grad], ctx.state_dtypes, need_state)
+        return None, *refuse_double_backward(grads, g, x, parameter)
 
 
 def projection(

@@ -57,10 +57,10 @@ def bn_sums(g: Tensor, y: Tensor, bn: Tensor) -> Tensor:
     return torch.stack([sum_g, centred]).unsqueeze(0)
 
 
-def bn_input_grad(g: Tensor, y: Tensor | None, bn: Tensor, grad: Tensor) -> Tensor:
-    """dy = scale*(g + b*y + c) in g's dtype; without y (constant statistics) scale*g."""
+def bn_input_grad(g: Tensor, y: Tensor | None, bn: Tensor, grad: Tensor | None) -> Tensor:
+    """dy = scale*(g + b*y + c) in g's dtype; without y or grad (constant statistics) scale*g."""
     scale = bn[2]
-    if y is None:
+    if y is None or grad is None:
         return affine(g, scale, torch.zeros_like(scale))
     dy = affine(y, scale * grad[2], scale * grad[3])
     if g.dtype == scale.dtype:

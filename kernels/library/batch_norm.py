@@ -60,7 +60,7 @@ def bn_bwd_apply(
     g: Tensor,
     y: Tensor | None,
     bn: Tensor,
-    grad: Tensor,
+    grad: Tensor | None,
     *,
     out: Tensor | None = None,
     relu: bool = False,

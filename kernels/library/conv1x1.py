@@ -1,50 +1,80 @@
-"""1x1 convolutions as matrix products by the library's GEMM."""
+"""1x1 convolutions as matrix products by the library's GEMM over rows of pixels.
+
+But in float32 on a GPU as convolutions, like the stock layers: PyTorch lets cuDNN use TF32 and keeps it from GEMMs
+(`torch.backends.cudnn.allow_tf32` and `torch.backends.cuda.matmul.allow_tf32`).
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..reference._common import rows, strided_pixels
 from ..reference.batch_norm import ChannelStats
 from ..reference.conv2d import Pair
-from ._common import bn_input_grad, matmul_acc
+from ._common import bn_input_grad, matmul_acc, on_gpu
 from .batch_norm import channel_stats
+from .conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
+
+
+def _by_cudnn(x: Tensor) -> bool:
+    return on_gpu(x) and x.dtype == torch.float32
 
 
 def conv1x1(
     x: Tensor, weight: Tensor, stride: int = 1, with_stats: bool = True
 ) -> tuple[Tensor, ChannelStats | None]:
     """As the reference."""
-    x = strided_pixels(x, stride)
-    y = (rows(x) @ weight.T).view(*x.shape[:3], -1)
+    if _by_cudnn(x):
+        y = conv2d(x, weight[:, :, None, None], (stride, stride))
+    else:
+        x = strided_pixels(x, stride)
+        y = (rows(x) @ weight.T).view(*x.shape[:3], -1)
     return y, channel_stats(y) if with_stats else None
+
+
+def _raw_grad(g: Tensor, y: Tensor | None, bn: Tensor | None, grad: Tensor | None) -> Tensor:
+    """dy, written and read once where it is formed from a batch norm's vectors."""
+    return g if bn is None else bn_input_grad(g, y, bn, grad)
 
 
 def conv1x1_dgrad(
     g: Tensor,
     weight: Tensor,
-    bn: Tensor,
-    grad: Tensor,
     input_hw: Pair,
+    stride: int = 1,
     *,
+    bn: Tensor | None = None,
+    grad: Tensor | None = None,
     y: Tensor | None = None,
     residual: Tensor | None = None,
-    stride: int = 1,
 ) -> Tensor:
-    """As the reference; dy is written and read once."""
-    dy = rows(bn_input_grad(g, y, bn, grad))
+    """As the reference; adds to the residual in place."""
+    dy = _raw_grad(g, y, bn, grad)
+    if _by_cudnn(dy):
+        dx = conv2d_dgrad(dy, weight[:, :, None, None], input_hw, (stride, stride))
+        return dx if residual is None else residual.add_(dx)
     shape = (g.shape[0], *input_hw, weight.shape[1])
     if stride == 1:
-        dx = dy @ weight if residual is None else rows(residual).addmm(dy, weight)
+        dx = rows(dy) @ weight if residual is None else rows(residual).addmm_(rows(dy), weight)
         return dx.view(shape)
-    dx = g.new_zeros(shape) if residual is None else residual.clone()
+    dx = g.new_zeros(shape) if residual is None else residual
     pixels = strided_pixels(dx, stride)
-    pixels.add_((dy @ weight).view(pixels.shape))
+    pixels.add_((rows(dy) @ weight).view(pixels.shape))
     return dx
 
 
 def conv1x1_wgrad(
-    x: Tensor, g: Tensor, bn: Tensor, grad: Tensor, *, y: Tensor | None = None, stride: int = 1
+    x: Tensor,
+    g: Tensor,
+    stride: int = 1,
+    *,
+    bn: Tensor | None = None,
+    grad: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> Tensor:
-    """As the reference; dy is written and read once."""
-    return matmul_acc(rows(bn_input_grad(g, y, bn, grad)).T, rows(strided_pixels(x, stride)))
+    """As the reference."""
+    dy = _raw_grad(g, y, bn, grad)
+    if _by_cudnn(dy):
+        return conv2d_wgrad(x, dy, (1, 1), (stride, stride)).flatten(1)
+    return matmul_acc(rows(dy).T, rows(strided_pixels(x, stride)))

@@ -1,4 +1,4 @@
-"""Spatial convolutions by cuDNN or oneDNN in the activation dtype, statistics in a pass of their own."""
+"""Spatial convolutions by cuDNN or oneDNN in the activation dtype."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference._common import acc
-from ..reference.batch_norm import ChannelStats
 from ..reference.conv2d import Pair
 from ._common import nchw, nhwc
-from .batch_norm import channel_stats
 
 
 def conv2d(
@@ -20,11 +18,9 @@ def conv2d(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
-    with_stats: bool = True,
-) -> tuple[Tensor, ChannelStats | None]:
+) -> Tensor:
     """As the reference."""
-    y = nhwc(F.conv2d(nchw(x), weight, None, stride, padding, dilation, groups))
-    return y, channel_stats(y) if with_stats else None
+    return nhwc(F.conv2d(nchw(x), weight, None, stride, padding, dilation, groups))
 
 
 def conv2d_dgrad(

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..reference.batch_norm import ChannelStats
 from ..reference.conv2d import Pair
 from ._common import activation, affine, bn_sums, masked
+from .batch_norm import channel_stats
 from .conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
 
 
@@ -14,7 +15,8 @@ def conv3x3(
     x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1, groups: int = 1, with_stats: bool = True
 ) -> tuple[Tensor, ChannelStats | None]:
     """As the reference."""
-    return conv2d(x, weight, (stride, stride), (dilation, dilation), (dilation, dilation), groups, with_stats)
+    y = conv2d(x, weight, (stride, stride), (dilation, dilation), (dilation, dilation), groups)
+    return y, channel_stats(y) if with_stats else None
 
 
 def conv3x3_dgrad(
@@ -33,7 +35,7 @@ def conv3x3_dgrad(
     square = (stride, stride), (dilation, dilation), (dilation, dilation)
     dx = conv2d_dgrad(dy, weight, input_hw, *square, groups)
     if bn is None:
-        return dx if residual is None else dx.add_(residual), None
+        return dx if residual is None else residual.add_(dx), None
     g = masked(dx, affine(y, bn[2], bn[3]))
     return g, bn_sums(g, y, bn)
 

@@ -38,9 +38,9 @@ def activation(y: Tensor, bn: Tensor | None) -> Tensor:
     return (acc(y) * bn[2] + bn[3]).relu_().to(y.dtype)
 
 
-def bn_input_grad(g: Tensor, y: Tensor | None, bn: Tensor, grad: Tensor) -> Tensor:
-    """dy = scale*(g + b*y + c) in acc; without `y` (constant statistics, b = c = 0) scale*g."""
-    if y is None:
+def bn_input_grad(g: Tensor, y: Tensor | None, bn: Tensor, grad: Tensor | None) -> Tensor:
+    """dy = scale*(g + b*y + c) in acc; without `y` or `grad` (constant statistics, b = c = 0) scale*g."""
+    if y is None or grad is None:
         return acc(g) * bn[2]
     return bn[2] * (acc(g) + grad[2] * acc(y) + grad[3])
 

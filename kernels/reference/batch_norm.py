@@ -171,7 +171,7 @@ def bn_bwd_apply(
     g: Tensor,
     y: Tensor | None,
     bn: Tensor,
-    grad: Tensor,
+    grad: Tensor | None,
     *,
     out: Tensor | None = None,
     relu: bool = False,
@@ -182,10 +182,10 @@ def bn_bwd_apply(
 ) -> tuple[Tensor, Tensor | None]:
     """dy = scale*(g' + b*y + c), and in the same pass the shortcut's gradient.
 
-    g, out, relu and g' as in `bn_bwd_reduce`. `y` may be None where statistics are constant (b = c = 0) and the mask
-    does not need it. The second result is None unless `need_residual`; then it is g' (identity shortcut) or, with
-    `residual`, `residual_bn` and `residual_grad` (a projected shortcut's raw input and vectors; `residual` None for
-    constant statistics), residual_scale*(g' + residual_b*residual + residual_c).
+    g, out, relu and g' as in `bn_bwd_reduce`. With constant statistics b = c = 0: `grad` may be None, and `y` where the
+    mask does not need it. The second result is None unless `need_residual`; then it is g' (identity shortcut) or, with
+    `residual`, `residual_bn` and `residual_grad` (a projected shortcut's raw input and vectors; the first and the last
+    may be None for constant statistics), residual_scale*(g' + residual_b*residual + residual_c).
 
     Returns `(dy, dresidual)`, each `[N, H, W, C]` in g's dtype.
     """

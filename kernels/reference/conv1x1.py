@@ -1,4 +1,4 @@
-"""1x1 convolutions as GEMMs over pixels; backward forms the gradient behind the batch norm as it loads."""
+"""1x1 convolutions as GEMMs over pixels; backward can form the gradient behind the batch norm as it loads."""
 
 from __future__ import annotations
 
@@ -20,32 +20,42 @@ def conv1x1(
     return y, channel_stats(y) if with_stats else None
 
 
+def _raw_grad(g: Tensor, y: Tensor | None, bn: Tensor | None, grad: Tensor | None) -> Tensor:
+    return g if bn is None else bn_input_grad(g, y, bn, grad).to(g.dtype)
+
+
 def conv1x1_dgrad(
     g: Tensor,
     weight: Tensor,
-    bn: Tensor,
-    grad: Tensor,
     input_hw: Pair,
+    stride: int = 1,
     *,
+    bn: Tensor | None = None,
+    grad: Tensor | None = None,
     y: Tensor | None = None,
     residual: Tensor | None = None,
-    stride: int = 1,
 ) -> Tensor:
-    """dx `[N, H, W, C]` = dy W (+ residual), with dy = scale*(g + b*y + c) formed on load.
+    """dx `[N, H, W, C]` = dy W (+ residual).
 
-    g, y `[N, Ho, Wo, K]`: gradient of the BN's output and the BN's raw input, `y` None for constant statistics.
-    residual `[N, H, W, C]`. Pixels that the stride skips get the residual alone.
+    g `[N, Ho, Wo, K]` is dy; or, with `bn` and `grad`, the gradient of that BN's output, from which dy =
+    scale*(g + b*y + c) is formed on load, `y` `[N, Ho, Wo, K]` being the BN's raw input, None for constant statistics.
+    residual `[N, H, W, C]`: dx may take its memory. Pixels that the stride skips get the residual alone.
     """
-    dx_s = bn_input_grad(g, y, bn, grad).to(g.dtype)
-    dx_s = acc(dx_s) @ acc(weight)
+    dx_s = acc(_raw_grad(g, y, bn, grad)) @ acc(weight)
     dx = dx_s.new_zeros(g.shape[0], *input_hw, weight.shape[1]) if residual is None else acc(residual).clone()
     strided_pixels(dx, stride).add_(dx_s)
     return dx.to(g.dtype)
 
 
 def conv1x1_wgrad(
-    x: Tensor, g: Tensor, bn: Tensor, grad: Tensor, *, y: Tensor | None = None, stride: int = 1
+    x: Tensor,
+    g: Tensor,
+    stride: int = 1,
+    *,
+    bn: Tensor | None = None,
+    grad: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> Tensor:
-    """dW `[K, C]` in acc = dy^T x_s, with dy formed on load as in `conv1x1_dgrad`."""
-    dy = bn_input_grad(g, y, bn, grad).to(g.dtype)
+    """dW `[K, C]` in acc = dy^T x_s, with g and dy as in `conv1x1_dgrad`."""
+    dy = _raw_grad(g, y, bn, grad)
     return rows(acc(dy)).T @ rows(acc(strided_pixels(x, stride)))

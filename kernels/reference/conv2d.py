@@ -1,4 +1,4 @@
-"""Spatial convolutions of any kernel size, with the channel statistics that the batch norm after them needs."""
+"""Spatial convolutions of any kernel size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._common import acc
-from .batch_norm import ChannelStats, channel_stats
 
 Pair = tuple[int, int]
 
@@ -19,15 +18,10 @@ def conv2d(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
-    with_stats: bool = True,
-) -> tuple[Tensor, ChannelStats | None]:
-    """y = conv(x), rounded once to x's dtype, and the statistics of the rounded y.
-
-    x `[N, H, W, C]`, weight `[K, C/groups, R, S]`; y `[N, Ho, Wo, K]`. Without `with_stats` the second result is None.
-    """
+) -> Tensor:
+    """y = conv(x) `[N, Ho, Wo, K]`, rounded once to x's dtype; x `[N, H, W, C]`, weight `[K, C/groups, R, S]`."""
     y = F.conv2d(acc(x).permute(0, 3, 1, 2), acc(weight), None, stride, padding, dilation, groups)
-    y = y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
-    return y, channel_stats(y) if with_stats else None
+    return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
 
 
 def conv2d_dgrad(

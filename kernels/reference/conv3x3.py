@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._common import acc, activation, centred_sums, masked
-from .batch_norm import ChannelStats
+from .batch_norm import ChannelStats, channel_stats
 from .conv2d import Pair, conv2d, conv2d_dgrad, conv2d_wgrad
 
 
@@ -17,7 +17,8 @@ def conv3x3(
     x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1, groups: int = 1, with_stats: bool = True
 ) -> tuple[Tensor, ChannelStats | None]:
     """y `[N, Ho, Wo, K]` = conv(x) and its statistics (None without `with_stats`); x `[N, H, W, C]`."""
-    return conv2d(x, weight, (stride, stride), (dilation, dilation), (dilation, dilation), groups, with_stats)
+    y = conv2d(x, weight, (stride, stride), (dilation, dilation), (dilation, dilation), groups)
+    return y, channel_stats(y) if with_stats else None
 
 
 def conv3x3_dgrad(
@@ -35,7 +36,8 @@ def conv3x3_dgrad(
     """dx `[N, H, W, C]` from dy `[N, Ho, Wo, K]`, in one of two forms.
 
     With `y` `[N, H, W, C]` and `bn`: the conv's input was relu(scale*y + shift), so dx is masked by that ReLU and comes
-    with the sums `[P, 2, C]` of `bn_bwd_reduce`. Without: dx, plus `residual` `[N, H, W, C]` where given, and None.
+    with the sums `[P, 2, C]` of `bn_bwd_reduce`. Without: dx, plus `residual` `[N, H, W, C]` where given
+    (dx may take its memory), and None.
     """
     square = (stride, stride), (dilation, dilation), (dilation, dilation)
     dx = conv2d_dgrad(dy, weight, input_hw, *square, groups)

@@ -44,11 +44,11 @@ def stem_pool(y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stem_pool_bwd(
-    g: Tensor, argmax: Tensor, input_hw: Pair, bn: Tensor, grad: Tensor, *, y: Tensor | None = None
+    g: Tensor, argmax: Tensor, input_hw: Pair, bn: Tensor, grad: Tensor | None, *, y: Tensor | None = None
 ) -> Tensor:
     """dy `[N, H, W, C]` = scale*(g' + b*y + c), where g' sums the gradients of the windows that chose the pixel.
 
-    g, argmax `[N, Ho, Wo, C]`; (H, W) = input_hw; `y` `[N, H, W, C]` may be None for constant statistics.
+    g, argmax `[N, Ho, Wo, C]`; (H, W) = input_hw; `y` `[N, H, W, C]` and `grad` may be None for constant statistics.
     """
     (n, ho, wo, c), (h, w) = argmax.shape, input_hw
     routed = acc(g).new_zeros(n, 2 * ho + 1, 2 * wo + 1, c)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 
 import torch
 import triton
@@ -93,6 +94,16 @@ def check_vectors(kernel: str, like: Tensor, **vectors: Tensor | None) -> None:
                 f"{kernel}: {name} must be dense float32 [4, {shape[1]}] on {like.device}, "
                 f"is {t.dtype} {tuple(t.shape)} on {t.device} with strides {t.stride()}"
             )
+
+
+def channel_units(channels: int) -> tuple[int, int]:
+    """C as `(units, UNIT)` with C = units*UNIT and UNIT, a constexpr, the largest power of two up to 16 that divides C.
+
+    Triton knows of an integer argument only whether 16 divides it: of 24 channels it would take one at a time, although
+    8 of them fill 16 bytes.
+    """
+    unit = math.gcd(channels, 16)
+    return channels // unit, unit
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastres import functional as fused
+from fastres import plan
 from fastres.functional import BatchNormParams
 
 
@@ -174,9 +176,15 @@ UNITS = {
 }
 
 
-@pytest.fixture(params=UNITS)
+BOTH_FORMS = [name for name, (cls, _) in UNITS.items() if cls in (Bottleneck, BasicBlock, Projection)]
+
+
+@pytest.fixture(params=[*UNITS, *(f"{name}, stored" for name in BOTH_FORMS)])
 def unit_name(request) -> str:
-    return request.param
+    """Of every unit, in every form; the forms on a CPU are Gram-folded unless a plan is told otherwise."""
+    name, _, stored = request.param.partition(", ")
+    with plan.wrapping(lambda k: plan.in_form(k, False)) if stored else contextlib.nullcontext():
+        yield name
 
 
 @pytest.fixture

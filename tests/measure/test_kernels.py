@@ -31,11 +31,11 @@ def rows(wanted):
 
 
 def test_the_whole_case_and_each_of_its_kernels_are_experiments():
-    found = experiments("conv1x1 backward, stride 1, residual", eager={"conv1x1_wgrad, y": lambda t: None})
+    found = experiments("conv1x1 backward, stride 1, residual", eager={"conv1x1_wgrad, bn, grad, y": lambda t: None})
     assert [e.name.removeprefix("conv1x1 backward, stride 1, residual") for e in found] == [
         "",
-        " / conv1x1_dgrad, y, residual",
-        " / conv1x1_wgrad, y",
+        " / conv1x1_dgrad, bn, grad, y, residual",
+        " / conv1x1_wgrad, bn, grad, y",
     ]
     assert [list(e.variants) for e in found] == [
         ["fastres library", "eager"],
