@@ -78,6 +78,9 @@ def problems(figures: Figures) -> list[str]:
         found.append(f"16-bit matrices multiplied by {figures.count('HMMA')} HMMA, not by {_NAMES.get(best, best)}")
     if figures.narrow_rows:
         found.append(f"{len(figures.narrow_rows)} accesses with rows addressed in 32 bits: {figures.narrow_rows[0]}")
+    if figures.downward_loops:
+        loops = figures.downward_loops
+        found.append(f"{len(loops)} loops that may never run once compiled: {loops[0]}")
     return found
 
 

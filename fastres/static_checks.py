@@ -62,7 +62,7 @@ _REGISTERS_OF_SM = 65536
 _SHARED_RESERVED = 1024  # bytes of each resident program
 TENSOR_MEMORY_OF_SM = 512  # columns; from 100 on
 
-_FORMAT = 2  # of the cached results; counts what is read from a kernel
+_FORMAT = 3  # of the cached results; counts what is read from a kernel
 
 _INSTRUCTIONS = {
     "HGMMA": r"\bHGMMA\b",
@@ -102,8 +102,9 @@ class Figures:
     shared, stack: bytes. tensor_memory: columns. instructions: how many of each kind stand in the code (global accesses
     by their width in bits: "LDG.128", "STG.32"; LDGSTS is cp.async, UTMALDG and UTMASTG are TMA's loads and stores,
     UTCMMA is tcgen05). dots: how many matrix products the source asks for, by the bits of an operand's values ("16").
-    narrow_rows: accesses to tiles whose row addresses are not formed in 64 bits. error: why it does not compile; what
-    only a compiled kernel has is then 0.
+    narrow_rows: accesses to tiles whose row addresses are not formed in 64 bits. downward_loops: loops whose step may
+    be negative, which the interpreter runs and a compiled kernel leaves out. error: why it does not compile; what only
+    a compiled kernel has is then 0.
     """
 
     kernel: str
@@ -119,6 +120,7 @@ class Figures:
     instructions: dict[str, int] = field(default_factory=dict)
     dots: dict[str, int] = field(default_factory=dict)
     narrow_rows: list[str] = field(default_factory=list)
+    downward_loops: list[str] = field(default_factory=list)
     error: str | None = None
 
     def count(self, instruction: str) -> int:
@@ -369,6 +371,7 @@ def _compile(launch: Launch, said) -> Figures:
         instructions=_instructions(code),
         dots=_dots(ttir),
         narrow_rows=narrow_rows(ttir),
+        downward_loops=downward_loops(ttir),
     )
 
 
@@ -419,7 +422,7 @@ def narrow_rows(ttir: str) -> list[str]:
     An address is a base and offsets added to it one after the other: a 64-bit row offset added to the base, and offsets
     within the tile of 32 bits, do as well as 64-bit offsets throughout.
     """
-    definitions = dict(re.findall(r"^\s*(%[\w#]+) = (.*)$", ttir, re.M))
+    definitions = _definitions(ttir)
     narrow = []
     for line in ttir.splitlines():
         access = re.search(r"tt\.(?:load|store) (%[\w#]+).*?: tensor<(?:\d+x){2,}!tt\.ptr", line)
@@ -438,6 +441,29 @@ def _wide(pointer: str, definitions: dict[str, str]) -> bool:
             return False
         pointer = step[1]
     return False
+
+
+def downward_loops(ttir: str) -> list[str]:
+    """The loops in `ttir` whose step is no positive constant, number of programs or argument of the kernel.
+
+    MLIR's loops count upwards only. Triton turns a loop round whose step is a negative constant; with any other negative
+    step the compiled loop ends before it begins.
+    """
+    definitions = _definitions(ttir)
+    loops = [(line.strip(), re.search(r"scf\.for .* step (%[\w#-]+)", line)) for line in ttir.splitlines()]
+    return [line for line, loop in loops if loop and not _positive(loop[1], ttir, definitions)]
+
+
+def _positive(value: str, ttir: str, definitions: dict[str, str]) -> bool:
+    while (wider := re.match(r"arith\.extsi (%[\w#-]+)", definitions.get(value, ""))) is not None:
+        value = wider[1]
+    if value in definitions:
+        return re.match(r"arith\.constant [1-9]|tt\.get_num_programs", definitions[value]) is not None
+    return re.search(rf"tt\.func .*{re.escape(value)}: ", ttir) is not None
+
+
+def _definitions(ttir: str) -> dict[str, str]:
+    return dict(re.findall(r"^\s*(%[\w#-]+) = (.*)$", ttir, re.M))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The stem's batch norm, ReLU and max-pool, both directions, against eager's three operators and their autograd."""
+"""The stem's batch norm, ReLU and max-pool.
+
+Both directions with the sums between them are compared with eager's three operators and their autograd, the forward
+alone with the three operators.
+"""
 
 from __future__ import annotations
 
@@ -11,4 +15,5 @@ from fastres.measure.shapes import POOL
 
 @pytest.mark.core("cuda", "cpu")
 def test_stem(batch, dtype, device, measure):
-    measure(kernels.experiments(cases.BY_NAME["stem"], dtype, device, {"n": batch} | POOL))
+    single = {"stem_pool": cases.BY_NAME["stem_pool"].stock}
+    measure(kernels.experiments(cases.BY_NAME["stem"], dtype, device, {"n": batch} | POOL, eager=single))

@@ -25,9 +25,9 @@ STATIC = ((torch.bfloat16, {"n": 256, "h": 56, "w": 56, "c": 64}),)
 STATIC_EVERY_CONFIG = tuple(
     (dtype, sizes)
     for dtype in (torch.bfloat16, torch.float32)
-    for sizes in (STATIC[0][1], *({"n": 256, "h": 32, "w": 32, "c": c} for c in (16, 32)))
+    for sizes in (STATIC[0][1], *({"n": 256, "h": 32, "w": 32, "c": c} for c in (16, 24, 32)))
 )
-"""What each kernel's heaviest form is compiled for: every tile there is."""
+"""What each kernel's heaviest form is compiled for: every tile there is, and channels that 16 does not divide."""
 
 
 def _statistics(f: Maker, n, h, w, c, mean=3.0):
@@ -164,14 +164,14 @@ def _stock_reduce(t):
     return results
 
 
-def _apply(mask, shortcut="none", constant=False):
+def _apply(mask, shortcut="none", constant=False, frozen=False):
     def make(f: Maker, n, h, w, c, mean=0.0):
         t = _reduce(mask, two=shortcut == "projected")(f, n, h, w, c, mean)
         y, residual = t["y"], t.get("residual")
         if constant:
             t["bn"] = f.constants(y)
             t["y"] = y if mask == "input" else None
-            t["grad"] = torch.zeros_like(t["bn"])
+            t["grad"] = None if frozen else torch.zeros_like(t["bn"])
             t.pop("residual", None)
         else:
             t["grad"] = backward_vectors(masked(t), y, t["bn"])
@@ -204,7 +204,20 @@ def _stock_apply(constant):
     return stock
 
 
+def _run_backward(k, t):
+    g, y, bn, out = t["g"], t["y"], t["bn"], t["out"]
+    grad = k.bn_bwd_finalize(k.bn_bwd_reduce(g, y, bn, out=out)[0], bn, y.shape[:3].numel())
+    dy, _ = k.bn_bwd_apply(g, y, bn, grad, out=out)
+    return {"dy": dy, "dgamma": grad[0], "dbeta": grad[1]}
+
+
+def _stock_backward(t):
+    dy, dgamma, dbeta = batch_norm_backward(masked(t), t["y"], t["bn"])
+    return {"dy": dy, "dgamma": dgamma, "dbeta": dbeta}
+
+
 _HEAVIEST = (
+    "statistics, momentum 0.1",
     "bn_act, shortcut projected, ReLU",
     "bn_bwd_reduce, mask output, two branches",
     "bn_bwd_apply, mask output, shortcut projected",
@@ -224,7 +237,6 @@ CASES = [
             _statistics,
             _run_statistics(momentum),
             _stock_statistics(momentum),
-            static=(),
         )
         for momentum in (0.1, None)
     ),
@@ -250,6 +262,13 @@ CASES = [
         )
         for mask, two in (("none", False), ("output", False), ("input", False), ("none", True), ("output", True))
     ),
+    _case(
+        "batch norm backward",
+        "bn_bwd_reduce bn_bwd_finalize bn_bwd_apply",
+        _reduce("output"),
+        _run_backward,
+        _stock_backward,
+    ),
     *(
         _case(
             f"bn_bwd_apply, mask {mask}, shortcut {shortcut}{', constant' if constant else ''}",
@@ -267,5 +286,15 @@ CASES = [
             ("output", "projected"),
             ("input", "none"),
         )
+    ),
+    *(
+        _case(
+            f"bn_bwd_apply, mask {mask}, shortcut {shortcut}, frozen",
+            "bn_bwd_apply",
+            _apply(mask, shortcut, constant=True, frozen=True),
+            _run_apply,
+            _stock_apply(constant=True),
+        )
+        for mask, shortcut in (("none", "none"), ("output", "projected"), ("input", "none"))
     ),
 ]

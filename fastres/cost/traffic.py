@@ -84,6 +84,7 @@ _READ_AGAIN: dict[object, Callable[[Sequence], list[Tensor]]] = {
 }
 """Inputs that an operator reads a second time."""
 
+
 def _not_for_one_direction(args: Sequence) -> list[Tensor]:
     """A dgrad does not read the input, a wgrad not the weights."""
     _, x, weight, *_, (need_x, need_weight, _) = args

@@ -3,8 +3,8 @@
 A block is a chain of convolutions, each with its batch norm, a shortcut, and a ReLU behind their sum. It runs in one of
 two forms, as the plan says (`gram_folding`):
 
-- Gram-folded: the block's own list of kernel calls (`bottleneck.py`, `basic_block.py`), in which the raw output of a 1x1
-  conv that ends a branch is never formed, and kernels fuse what stands around the convolutions.
+- Gram-folded: the block's own lists of kernel calls (`bottleneck.py`, `basic_block.py`), in which the raw output of a
+  1x1 conv that ends a branch is never formed, and kernels fuse what stands around the convolutions.
 - Stored: the lists in this file. Convolutions fuse nothing, every raw conv output is stored, and between them stand the
   passes of the batch norm family. Forward: statistics, then BN + ReLU (behind the last conv with the shortcut) in one
   read. Backward: the two sums, then the gradient of the raw output, each in one read. The activations between the
@@ -303,8 +303,7 @@ class ResidualBlock:
         all_moments = [*[Moments()] * (self.depth - 1), of_last, of_projection]
         each = zip(self.convs(weights, *geometry), raw, vectors, all_moments, strict=False)
         layers = [
-            Layer(*layer, *flags)
-            for layer, *flags in zip(each, batch_stats, need_weights, need_bns, strict=True)
+            Layer(*layer, *flags) for layer, *flags in zip(each, batch_stats, need_weights, need_bns, strict=True)
         ]
         *layers, projection = self._padded(layers)
         # By what was saved: the plan may be another one by now.

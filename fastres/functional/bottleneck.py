@@ -1,8 +1,8 @@
 """The bottleneck block: 1x1, 3x3 and 1x1 convolutions, each with batch norm, a shortcut and ReLUs.
 
 Source: He et al., "Deep Residual Learning for Image Recognition" (2015), figure 5 right and section 3.3. Forward and
-backward here are the Gram-folded lists of kernel calls that docs/arithmetic.md derives: the raw output of the last conv,
-the widest tensor of the block, is never formed. Saved for backward are x, y1, y2, out and small float32 matrices. The
+backward here are the Gram-folded lists of kernel calls that docs/arithmetic.md derives: the raw output of the last
+conv, the widest tensor of the block, is never formed. Saved for backward are x, y1, y2, out and small float32 matrices. The
 stored form is in `_residual.py`.
 """
 

@@ -46,7 +46,6 @@ class Maker(cases.Maker):
     def _random(self, shape: tuple[int, ...], draw: Callable[..., Tensor]) -> Tensor:
         return draw(shape, generator=self._own, dtype=torch.float32, device=self.device).to(self.acc)
 
-
     def weight(self, *shape: int) -> Tensor:
         """In channels_last memory, as a model that is measured has them."""
         weight = super().weight(*shape)

@@ -123,4 +123,3 @@ class Session:
             changed.get("conditions", now.conditions), now.roofline, changed.get("rows", now.rows), skipped
         )
         results.write(self.folder / results.FILE_NAME, self._results)
-

@@ -21,9 +21,7 @@ def _by_cudnn(x: Tensor) -> bool:
     return on_gpu(x) and x.dtype == torch.float32
 
 
-def conv1x1(
-    x: Tensor, weight: Tensor, stride: int = 1, with_stats: bool = True
-) -> tuple[Tensor, ChannelStats | None]:
+def conv1x1(x: Tensor, weight: Tensor, stride: int = 1, with_stats: bool = True) -> tuple[Tensor, ChannelStats | None]:
     """As the reference."""
     if _by_cudnn(x):
         y = conv2d(x, weight[:, :, None, None], (stride, stride))

@@ -9,9 +9,7 @@ from .batch_norm import ChannelStats, channel_stats
 from .conv2d import Pair
 
 
-def conv1x1(
-    x: Tensor, weight: Tensor, stride: int = 1, with_stats: bool = True
-) -> tuple[Tensor, ChannelStats | None]:
+def conv1x1(x: Tensor, weight: Tensor, stride: int = 1, with_stats: bool = True) -> tuple[Tensor, ChannelStats | None]:
     """y `[N, Ho, Wo, K]` = x_s W^T and its statistics (None without `with_stats`).
 
     x `[N, H, W, C]`, x_s = x[:, ::stride, ::stride], weight `[K, C]`; y is rounded once to x's dtype.

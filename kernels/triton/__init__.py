@@ -4,6 +4,25 @@ Importing this module imports triton. The environment variable TRITON_INTERPRET=
 Triton's interpreter on CPU tensors (float32 and float16 only: the interpreter computes bfloat16 wrongly).
 """
 
-from .batch_norm import bn_act, bn_bwd_apply, bn_bwd_reduce
+from .batch_norm import (
+    bn_act,
+    bn_bwd_apply,
+    bn_bwd_finalize,
+    bn_bwd_reduce,
+    bn_constants,
+    bn_finalize,
+    channel_stats,
+)
+from .stem import stem_pool, stem_pool_bwd
 
-__all__ = ["bn_act", "bn_bwd_apply", "bn_bwd_reduce"]
+__all__ = [
+    "bn_act",
+    "bn_bwd_apply",
+    "bn_bwd_finalize",
+    "bn_bwd_reduce",
+    "bn_constants",
+    "bn_finalize",
+    "channel_stats",
+    "stem_pool",
+    "stem_pool_bwd",
+]

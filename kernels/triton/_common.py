@@ -57,11 +57,16 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def check_device(kernel: str, name: str, tensor: Tensor) -> None:
+    """Raise unless the kernels run where `tensor` is."""
+    if tensor.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(f"{kernel}: {name} is on {tensor.device}, Triton kernels need CUDA: use backend='library'")
+
+
 def check_activations(kernel: str, **activations: Tensor | None) -> None:
     """Raise unless those given are alike: one shape, one device that the kernels run on, dense, a dtype they take."""
     like_name, like = next((name, t) for name, t in activations.items() if t is not None)
-    if like.device.type == "cpu" and not INTERPRETED:
-        raise ValueError(f"{kernel}: {like_name} is on {like.device}, Triton kernels need CUDA: use backend='library'")
+    check_device(kernel, like_name, like)
     for name, t in activations.items():
         if t is None:
             continue
@@ -83,17 +88,24 @@ def check_activations(kernel: str, **activations: Tensor | None) -> None:
             )
 
 
-def check_vectors(kernel: str, like: Tensor, **vectors: Tensor | None) -> None:
-    """Raise unless those given are dense float32 `[4, C]` on the device of `like`, whose last dimension is C."""
-    shape = (4, like.shape[-1])
-    for name, t in vectors.items():
+def check_dense(
+    kernel: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device, **tensors: Tensor | None
+) -> None:
+    """Raise unless those given are dense, of this shape and one of these dtypes, on `device`."""
+    for name, t in tensors.items():
         if t is None:
             continue
-        if t.dtype != torch.float32 or t.shape != shape or t.device != like.device or not t.is_contiguous():
+        if t.dtype not in dtypes or t.shape != shape or t.device != device or not t.is_contiguous():
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ValueError(
-                f"{kernel}: {name} must be dense float32 [4, {shape[1]}] on {like.device}, "
+                f"{kernel}: {name} must be dense {allowed} {list(shape)} on {device}, "
                 f"is {t.dtype} {tuple(t.shape)} on {t.device} with strides {t.stride()}"
             )
+
+
+def check_vectors(kernel: str, like: Tensor, **vectors: Tensor | None) -> None:
+    """Raise unless those given are dense float32 `[4, C]` on the device of `like`, whose last dimension is C."""
+    check_dense(kernel, (4, like.shape[-1]), (torch.float32,), like.device, **vectors)
 
 
 def channel_units(channels: int) -> tuple[int, int]:

@@ -1,20 +1,33 @@
-"""Batch norm applied with residual add and ReLU, and both passes of its backward, each in one read of its operands.
+"""Batch norm: statistics in one read, application with residual add and ReLU, and both passes of its backward.
 
-    bn_act         out = relu(scale*y + shift + shortcut)
-    bn_bwd_reduce  partial sums of g' and g'*(y - mean), g' being g behind the ReLU's mask; for one BN or for two
-    bn_bwd_apply   dy = scale*(g' + b*y + c), and the shortcut's gradient
+    channel_stats    Welford partials of y: per program and channel the rows, the mean, the squared deviations from it
+    bn_finalize      mean, rstd, scale and shift from the partials, and the running statistics moved, in one launch
+    bn_constants     mean, rstd, scale and shift from running statistics
+    bn_act           out = relu(scale*y + shift + shortcut)
+    bn_bwd_reduce    partial sums of g' and g'*(y - mean), g' being g behind the ReLU's mask; for one BN or for two
+    bn_bwd_finalize  dgamma, dbeta, b and c from the partial sums
+    bn_bwd_apply     dy = scale*(g' + b*y + c), and the shortcut's gradient
 
 `fastres.kernels.reference.batch_norm` defines every form. Layout: dense `[N, H, W, C]` seen as `[M, C]`, any M and C;
 float32, float16 or bfloat16 in memory, float32 in registers, per-channel vectors `[4, C]` in float32.
 
-Bytes moved: every operand once, and a few vectors of 64 floats per program. All of it is bound by memory: accesses are
-16 bytes wide (where C is a multiple of 16) and are issued tiles ahead of their use. A tile is 64 channels wide, a whole
-128-byte line in 16-bit dtypes; programs with neighbouring numbers read neighbouring memory. Row offsets are 64-bit.
+Bytes moved: every activation once, and a few vectors of 64 floats per program, which are what bn_finalize and
+bn_bwd_finalize read. All of it is bound by memory: accesses are 16 bytes wide (where C is a multiple of 8 in 16-bit
+dtypes, of 4 in float32; other C fall to one value at a time) and are issued tiles ahead of their use. A tile is 64
+channels wide, a whole 128-byte line in 16-bit dtypes; programs with neighbouring numbers read neighbouring memory. Row
+offsets are 64-bit.
+
+Two passes read the same tensors soon after one another: channel_stats and then bn_act the y, bn_bwd_reduce and then
+bn_bwd_apply the g, y and out. The first of the two walks from the last row to the first, the second from the first to
+the last. So the second begins with the rows that the first has read last, which are still in L2 as far as they fit,
+and the first begins with the rows that the convolution before it has written last. Were both to walk one way, a tensor
+somewhat larger than L2 would have left it whenever its beginning is needed again. Loops count upwards all the same,
+from the last block: a compiled loop with a negative step never runs.
 
 Not used for float64 (the reference serves it), on CPUs, and below compute capability 8.0.
 
 Deterministic: sums are split over a number of programs that depends on shape, dtype and part only, every program adds
-its rows in order, and nothing is atomic.
+its rows in order, and nothing is atomic. No value is read by the host.
 """
 
 from __future__ import annotations
@@ -26,10 +39,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.batch_norm import ChannelStats
 from ._common import (
+    DTYPES,
     MULTIPROCESSORS,
+    channel_units,
     channel_vector,
     check_activations,
+    check_dense,
+    check_device,
     check_vectors,
     on_device,
     part_of,
@@ -48,9 +66,11 @@ class Config(NamedTuple):
 
 # A loop over tiles whose loads go through cp.async, because plain loads of a larger tile are not in flight together:
 # the compiler moves most of them behind the first use, in whatever order they are written. 4 KiB and 4 warps are two
-# 16-byte accesses per thread and operand. The programs per SM are what its registers and shared memory let run at once.
+# 16-byte accesses per thread and operand. The programs per SM are what its registers and shared memory let run at once;
+# with the stages they keep 64 KiB of loads or more in flight on each, of channel_stats' one operand too.
 CONFIGS = {
     part: {
+        "channel_stats": Config(tile_bytes=4096, num_warps=4, num_stages=5, programs=4 * multiprocessors),
         "bn_act": Config(tile_bytes=4096, num_warps=4, num_stages=4, programs=6 * multiprocessors),
         "bn_bwd_reduce": Config(tile_bytes=4096, num_warps=4, num_stages=3, programs=4 * multiprocessors),
         "bn_bwd_apply": Config(tile_bytes=4096, num_warps=4, num_stages=3, programs=4 * multiprocessors),
@@ -59,6 +79,20 @@ CONFIGS = {
 }
 
 CHANNEL_BLOCKS = (16, 32, 64)
+
+
+class FinalizeConfig(NamedTuple):
+    """groups, channels: of partials in one tile. num_stages: tiles in flight and in use."""
+
+    groups: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+
+# A few hundred KiB that lie in L2: what counts is that few loads wait for one another. A block of channels as narrow as
+# a 32-byte sector spreads 64 channels over 8 programs, and 128 groups at a time see a whole grid's partials in 5 tiles.
+FINALIZE = FinalizeConfig(groups=128, channels=8, num_warps=4, num_stages=3)
 
 
 def tile_shape(channels: int, itemsize: int, config: Config) -> tuple[int, int]:
@@ -85,6 +119,149 @@ def _load(pointer, base, offsets, inside):
 
 
 @triton.jit
+def _blocks(M, ROWS: tl.constexpr):
+    """Blocks of rows; `tl.cdiv` adds to M before it divides, and overflows for M just below 2**31."""
+    return (M - 1) // ROWS + 1
+
+
+@triton.jit
+def _channel_stats_kernel(
+    y,
+    count,
+    mean,
+    m2,
+    M,
+    units,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    C = units * UNIT
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    last = _blocks(M, ROWS) - 1
+    # Deviations from a pivot need neither Welford's divisions nor the digits of a large mean (Chan, Golub & LeVeque,
+    # 1983, on shifted data). With one of the program's own rows as the pivot, cancellation is bounded: that row alone
+    # makes m2 at least (pivot - mean)**2, and the sum of squares is m2 + rows*(pivot - mean)**2.
+    first_row = tl.cast(last - tl.program_id(1), tl.int64) * ROWS
+    pivot = tl.load(y + first_row * C + c, mask=(c < C) & (M > 0), other=0.0).to(tl.float32)
+    n = tl.zeros((ROWS, 1), tl.float32)
+    deviations = tl.zeros((ROWS, CHANNELS), tl.float32)
+    squares = tl.zeros((ROWS, CHANNELS), tl.float32)
+    # Neighbouring programs read neighbouring blocks of rows, so that the device walks through memory in order.
+    for index in tl.range(tl.program_id(1), last + 1, tl.num_programs(1), num_stages=STAGES):
+        row = (last - index) * ROWS  # Compiled loops count upwards only.
+        base, offsets, inside = _tile(row, M, C, c, ROWS)
+        present = (tl.arange(0, ROWS)[:, None] < M - row).to(tl.float32)
+        deviation = tl.fma(-present, pivot[None, :], _load(y, base, offsets, inside))
+        n += present
+        deviations += deviation
+        squares = tl.fma(deviation, deviation, squares)
+    rows = tl.sum(n)
+    total = tl.sum(deviations, 0)
+    offset = tl.div_rn(total, tl.maximum(rows, 1.0))
+    if tl.program_id(0) == 0:
+        tl.store(count + tl.program_id(1), rows)
+    group = tl.program_id(1) * C + c
+    tl.store(mean + group, pivot + offset, mask=c < C)
+    tl.store(m2 + group, tl.fma(-total, offset, tl.sum(squares, 0)), mask=c < C)
+
+
+@triton.jit
+def _vector(pointer, c, C):
+    return tl.load(pointer + c, mask=c < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_bn(bn, mean, var, weight, bias, eps, c, C):
+    """Write mean, rstd, scale and shift."""
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    scale = rstd
+    if weight is not None:
+        scale *= _vector(weight, c, C)
+    shift = -mean * scale
+    if bias is not None:
+        shift += _vector(bias, c, C)
+    tl.store(bn + c, mean, mask=c < C)
+    tl.store(bn + C + c, rstd, mask=c < C)
+    tl.store(bn + 2 * C + c, scale, mask=c < C)
+    tl.store(bn + 3 * C + c, shift, mask=c < C)
+
+
+@triton.jit
+def _move(running, batch, num_batches_tracked, momentum, c, C):
+    """Move running statistics towards the batch's, by `momentum` or, where it is None, by 1/num_batches_tracked."""
+    old = _vector(running, c, C)
+    step = batch - old
+    if momentum is None:
+        step = tl.div_rn(step, tl.load(num_batches_tracked).to(tl.float32))
+    else:
+        step *= momentum
+    tl.store(running + c, (old + step).to(running.dtype.element_ty), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _bn_finalize_kernel(
+    count,
+    mean,
+    m2,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    bn,
+    P,
+    momentum,
+    eps,
+    units,
+    UNIT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    C = units * UNIT
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    pivot = _vector(mean, c, C)
+    # Each lane merges every GROUPS-th group into its own (Chan, Golub & LeVeque, 1979). Means are differences from the
+    # pivot there, which keep the digits that a large mean would take.
+    n = tl.zeros((GROUPS, 1), tl.float32)
+    lane_mean = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    lane_m2 = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    for block in tl.range(0, tl.cdiv(P, GROUPS), num_stages=STAGES):
+        base, offsets, inside = _tile(block * GROUPS, P, C, c, GROUPS)
+        group = block * GROUPS + tl.arange(0, GROUPS)
+        rows = tl.load(count + group, mask=group < P, other=0.0)[:, None]
+        share = tl.where(rows > 0, tl.div_rn(rows, n + rows), 0.0)
+        delta = _load(mean, base, offsets, inside) - pivot[None, :] - lane_mean
+        lane_mean = tl.fma(delta, share, lane_mean)
+        lane_m2 += tl.fma(delta * (n * share), delta, _load(m2, base, offsets, inside))
+        n += rows
+    total = tl.sum(n)
+    offset = tl.div_rn(tl.sum(n * lane_mean, 0), total)
+    batch_mean = pivot + offset
+    lane_mean -= offset[None, :]
+    batch_m2 = tl.sum(tl.fma(n * lane_mean, lane_mean, lane_m2), 0)
+    _store_bn(bn, batch_mean, tl.div_rn(batch_m2, total), weight, bias, eps, c, C)
+    if running_mean is not None:
+        _move(running_mean, batch_mean, num_batches_tracked, momentum, c, C)
+        _move(running_var, tl.div_rn(batch_m2, total - 1), num_batches_tracked, momentum, c, C)
+        # Without momentum every program reads the counter: then the launcher has counted already.
+        if num_batches_tracked is not None and momentum is not None:
+            if tl.program_id(0) == 0:
+                tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1)
+
+
+@triton.jit
+def _bn_constants_kernel(
+    running_mean, running_var, weight, bias, bn, eps, units, UNIT: tl.constexpr, CHANNELS: tl.constexpr
+):
+    C = units * UNIT
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    _store_bn(bn, _vector(running_mean, c, C), _vector(running_var, c, C), weight, bias, eps, c, C)
+
+
+@triton.jit
 def _bn_act_kernel(
     y,
     bn,
@@ -92,19 +269,21 @@ def _bn_act_kernel(
     residual_bn,
     out,
     M,
-    C,
+    units,
+    UNIT: tl.constexpr,
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    C = units * UNIT
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     scale = channel_vector(bn, 2, c, C)
     shift = channel_vector(bn, 3, c, C)
     if residual_bn is not None:
         residual_scale = channel_vector(residual_bn, 2, c, C)
         residual_shift = channel_vector(residual_bn, 3, c, C)
-    for block in tl.range(tl.program_id(1), tl.cdiv(M, ROWS), tl.num_programs(1), num_stages=STAGES):
+    for block in tl.range(tl.program_id(1), _blocks(M, ROWS), tl.num_programs(1), num_stages=STAGES):
         base, offsets, inside = _tile(block * ROWS, M, C, c, ROWS)
         z = tl.fma(_load(y, base, offsets, inside), scale, shift)
         if residual is not None:
@@ -128,12 +307,14 @@ def _bn_bwd_reduce_kernel(
     sums,
     residual_sums,
     M,
-    C,
+    units,
+    UNIT: tl.constexpr,
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    C = units * UNIT
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     mean = channel_vector(bn, 0, c, C)
     scale = channel_vector(bn, 2, c, C)
@@ -143,9 +324,9 @@ def _bn_bwd_reduce_kernel(
     if residual is not None:
         residual_mean = channel_vector(residual_bn, 0, c, C)
         residual_centred = tl.zeros((ROWS, CHANNELS), tl.float32)
-    # Neighbouring programs read neighbouring blocks of rows, so that the device walks through memory in order.
-    for block in tl.range(tl.program_id(1), tl.cdiv(M, ROWS), tl.num_programs(1), num_stages=STAGES):
-        base, offsets, inside = _tile(block * ROWS, M, C, c, ROWS)
+    last = _blocks(M, ROWS) - 1
+    for index in tl.range(tl.program_id(1), last + 1, tl.num_programs(1), num_stages=STAGES):
+        base, offsets, inside = _tile((last - index) * ROWS, M, C, c, ROWS)
         grad = _load(g, base, offsets, inside)
         raw = _load(y, base, offsets, inside)
         if out is not None:
@@ -165,6 +346,43 @@ def _bn_bwd_reduce_kernel(
         tl.store(residual_sums + row + C, tl.sum(residual_centred, 0), mask=c < C)
 
 
+@triton.jit(do_not_specialize=["P"])
+def _bn_bwd_finalize_kernel(
+    sums,
+    bn,
+    grad,
+    P,
+    rows,
+    units,
+    UNIT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    C = units * UNIT
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    sum_g = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    centred = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    for block in tl.range(0, tl.cdiv(P, GROUPS), num_stages=STAGES):
+        base, offsets, inside = _tile(block * GROUPS, P, 2 * C, c, GROUPS)
+        inside &= (c < C)[None, :]
+        sum_g += _load(sums, base, offsets, inside)
+        centred += _load(sums + C, base, offsets, inside)
+    rstd = _vector(bn + C, c, C)
+    dbeta = tl.sum(sum_g, 0)
+    dgamma = rstd * tl.sum(centred, 0)
+    slope = tl.zeros_like(dbeta)
+    offset = tl.zeros_like(dbeta)
+    if rows is not None:
+        slope = tl.div_rn(-rstd * dgamma, rows)
+        # From b as it is stored: at a large mean its rounding would show in b*y + c.
+        offset = -tl.fma(_vector(bn, c, C), slope, tl.div_rn(dbeta, rows))
+    tl.store(grad + c, dgamma, mask=c < C)
+    tl.store(grad + C + c, dbeta, mask=c < C)
+    tl.store(grad + 2 * C + c, slope, mask=c < C)
+    tl.store(grad + 3 * C + c, offset, mask=c < C)
+
+
 @triton.jit
 def _bn_bwd_apply_kernel(
     g,
@@ -178,25 +396,27 @@ def _bn_bwd_apply_kernel(
     dy,
     dresidual,
     M,
-    C,
+    units,
+    UNIT: tl.constexpr,
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    C = units * UNIT
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     scale = channel_vector(bn, 2, c, C)
     if RELU:
         shift = channel_vector(bn, 3, c, C)
-    if y is not None:
+    if grad is not None:
         slope = channel_vector(grad, 2, c, C)
         offset = channel_vector(grad, 3, c, C)
     if residual_bn is not None:
         residual_scale = channel_vector(residual_bn, 2, c, C)
-    if residual is not None:
+    if residual_grad is not None:
         residual_slope = channel_vector(residual_grad, 2, c, C)
         residual_offset = channel_vector(residual_grad, 3, c, C)
-    for block in tl.range(tl.program_id(1), tl.cdiv(M, ROWS), tl.num_programs(1), num_stages=STAGES):
+    for block in tl.range(tl.program_id(1), _blocks(M, ROWS), tl.num_programs(1), num_stages=STAGES):
         base, offsets, inside = _tile(block * ROWS, M, C, c, ROWS)
         through = _load(g, base, offsets, inside)
         if y is not None:
@@ -206,12 +426,12 @@ def _bn_bwd_apply_kernel(
         elif RELU:
             through = tl.where(tl.fma(raw, scale, shift) <= 0, 0.0, through)
         result = through
-        if y is not None:
+        if grad is not None:
             result += tl.fma(raw, slope, offset)
         tl.store(dy + base + offsets, (result * scale).to(dy.dtype.element_ty), mask=inside)
         if dresidual is not None:
             result = through
-            if residual is not None:
+            if residual_grad is not None:
                 result += tl.fma(_load(residual, base, offsets, inside), residual_slope, residual_offset)
             if residual_bn is not None:
                 result *= residual_scale
@@ -221,6 +441,131 @@ def _bn_bwd_apply_kernel(
 def _rows(t: Tensor) -> int:
     """M; `numel() // C` would divide by zero for no channels."""
     return t.shape[:-1].numel()
+
+
+def channel_stats(y: Tensor) -> ChannelStats:
+    """Welford partials, a group per program; reads y, writes little. See the reference.
+
+    Raises TypeError for a dtype that Triton kernels do not take, ValueError for memory that is not dense.
+    """
+    check_activations("channel_stats", y=y)
+    rows, channels = _rows(y), y.shape[-1]
+    config = CONFIGS[part_of(y.device)]["channel_stats"]
+    tile = tile_shape(channels, y.element_size(), config)
+    programs = splits(rows, channels, *tile, config)
+    count = torch.empty(programs, dtype=torch.float32, device=y.device)
+    mean = torch.empty(programs, channels, dtype=torch.float32, device=y.device)
+    m2 = torch.empty_like(mean)
+    grid = (triton.cdiv(channels, tile[1]), programs)
+    with on_device(y.device):
+        _channel_stats_kernel[grid](
+            y,
+            count,
+            mean,
+            m2,
+            rows,
+            *channel_units(channels),
+            *tile,
+            config.num_stages,
+            num_warps=config.num_warps,
+        )
+    return ChannelStats(count, mean, m2)
+
+
+def bn_finalize(
+    stats: ChannelStats,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """`bn` `[4, C]` from partials in float32, and running statistics moved in place, in one launch. See the reference.
+
+    Parameters and running statistics may be float32, float16 or bfloat16. With momentum None a second launch counts
+    the batch before.
+
+    Raises ValueError where an argument is not dense or does not fit the others' shapes and device, for one running
+    statistic without the other, and for a cumulative average (momentum None) without num_batches_tracked.
+    """
+    kernel = "bn_finalize"
+    count, mean, m2 = stats
+    groups, channels = mean.shape
+    check_device(kernel, "stats.mean", mean)
+    check_dense(kernel, (groups,), (torch.float32,), mean.device, **{"stats.count": count})
+    check_dense(kernel, (groups, channels), (torch.float32,), mean.device, **{"stats.mean": mean, "stats.m2": m2})
+    check_dense(
+        kernel,
+        (channels,),
+        DTYPES,
+        mean.device,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+    )
+    check_dense(kernel, (), (torch.int64,), mean.device, num_batches_tracked=num_batches_tracked)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("bn_finalize: running_mean and running_var belong together: pass both, or neither")
+    if running_mean is not None and momentum is None:
+        if num_batches_tracked is None:
+            raise ValueError("bn_finalize: momentum=None needs num_batches_tracked: pass it, or a momentum")
+        num_batches_tracked.add_(1)
+    bn = torch.empty(4, channels, dtype=torch.float32, device=mean.device)
+    with on_device(mean.device):
+        _bn_finalize_kernel[(triton.cdiv(channels, FINALIZE.channels),)](
+            count,
+            mean,
+            m2,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            bn,
+            groups,
+            momentum,
+            eps,
+            *channel_units(channels),
+            FINALIZE.groups,
+            FINALIZE.channels,
+            FINALIZE.num_stages,
+            num_warps=FINALIZE.num_warps,
+        )
+    return bn
+
+
+def bn_constants(
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`bn` `[4, C]` from constant statistics in float32, float16 or bfloat16, in one launch. See the reference.
+
+    Raises TypeError for activations (`dtype`) that Triton kernels do not take, ValueError where a vector is not dense
+    `[C]` or on another device.
+    """
+    if dtype not in DTYPES:
+        raise TypeError(
+            f"bn_constants: dtype is {dtype}, the Triton kernels take float32, float16 and bfloat16: "
+            "use backend='reference'"
+        )
+    channels, device = running_mean.numel(), running_mean.device
+    check_device("bn_constants", "running_mean", running_mean)
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    check_dense("bn_constants", (channels,), DTYPES, device, **vectors)
+    bn = torch.empty(4, channels, dtype=torch.float32, device=device)
+    block = 128  # a value per thread
+    with on_device(device):
+        _bn_constants_kernel[(triton.cdiv(channels, block),)](
+            *vectors.values(), bn, eps, *channel_units(channels), block, num_warps=4
+        )
+    return bn
 
 
 def bn_act(
@@ -250,7 +595,7 @@ def bn_act(
             residual_bn,
             out,
             rows,
-            channels,
+            *channel_units(channels),
             relu,
             *tile,
             config.num_stages,
@@ -295,7 +640,7 @@ def bn_bwd_reduce(
             sums,
             residual_sums,
             rows,
-            channels,
+            *channel_units(channels),
             relu,
             *tile,
             config.num_stages,
@@ -304,11 +649,38 @@ def bn_bwd_reduce(
     return sums, residual_sums
 
 
+def bn_bwd_finalize(sums: Tensor, bn: Tensor, count: int | None) -> Tensor:
+    """`grad` `[4, C]` from the partial sums `[P, 2, C]` in float32, in one launch. See the reference.
+
+    Raises ValueError where sums or bn are not dense float32, or do not fit one another.
+    """
+    groups, _, channels = sums.shape
+    check_device("bn_bwd_finalize", "sums", sums)
+    check_dense("bn_bwd_finalize", (groups, 2, channels), (torch.float32,), sums.device, sums=sums)
+    check_vectors("bn_bwd_finalize", sums, bn=bn)
+    grad = torch.empty_like(bn)
+    with on_device(sums.device):
+        _bn_bwd_finalize_kernel[(triton.cdiv(channels, FINALIZE.channels),)](
+            sums,
+            bn,
+            grad,
+            groups,
+            # As a float, of which Triton compiles no variants by value.
+            None if count is None else float(count),
+            *channel_units(channels),
+            FINALIZE.groups,
+            FINALIZE.channels,
+            FINALIZE.num_stages,
+            num_warps=FINALIZE.num_warps,
+        )
+    return grad
+
+
 def bn_bwd_apply(
     g: Tensor,
     y: Tensor | None,
     bn: Tensor,
-    grad: Tensor,
+    grad: Tensor | None,
     *,
     out: Tensor | None = None,
     relu: bool = False,
@@ -319,7 +691,9 @@ def bn_bwd_apply(
 ) -> tuple[Tensor, Tensor | None]:
     """dy and the shortcut's gradient; reads g (y, out, residual), writes dy (dresidual). See the reference.
 
-    Where no ReLU masks g, the gradient of an identity shortcut is g itself and nothing is written for it.
+    With constant statistics, which a None for y, grad, residual or residual_grad says, y is read for the mask only and
+    residual not at all. Where no ReLU masks g, the gradient of an identity shortcut is g itself and nothing is written
+    for it.
 
     Raises as `bn_act` does, and ValueError where the mask or a branch lacks a tensor that it is formed from.
     """
@@ -327,11 +701,16 @@ def bn_bwd_apply(
     check_vectors("bn_bwd_apply", g, bn=bn, grad=grad, residual_bn=residual_bn, residual_grad=residual_grad)
     if relu and out is None and y is None:
         raise ValueError("bn_bwd_apply: the ReLU's mask needs its output or its input: pass out or y")
-    if residual is not None and (residual_bn is None or residual_grad is None):
-        raise ValueError("bn_bwd_apply: residual needs residual_bn and residual_grad")
+    if residual is not None and residual_bn is None:
+        raise ValueError("bn_bwd_apply: residual needs residual_bn: pass both, or neither")
     dy = torch.empty_like(g)
     identity_unmasked = residual_bn is None and out is None and not relu
     dresidual = torch.empty_like(g) if need_residual and not identity_unmasked else None
+    by_input = relu and out is None
+    if y is None or grad is None:
+        y, grad = (y if by_input else None), None
+    if residual is None or residual_grad is None or dresidual is None:
+        residual = residual_grad = None
     if g.numel():
         rows, channels = _rows(g), g.shape[-1]
         config = CONFIGS[part_of(g.device)]["bn_bwd_apply"]
@@ -344,14 +723,14 @@ def bn_bwd_apply(
                 bn,
                 grad,
                 out,
-                residual if dresidual is not None else None,
+                residual,
                 residual_bn,
                 residual_grad,
                 dy,
                 dresidual,
                 rows,
-                channels,
-                relu and out is None,
+                *channel_units(channels),
+                by_input,
                 *tile,
                 config.num_stages,
                 num_warps=config.num_warps,

@@ -30,6 +30,10 @@ def test_counted_and_modelled_bytes_of_stock_agree_within_5_percent(name):
     assert cost.modelled_stock_bytes(model, shape) == pytest.approx(counted, rel=0.05)
 
 
+def test_the_plan_of_today_moves_at_most_0_80_of_stock(steps):
+    assert cost.total(steps["today"]).bytes <= 0.80 * cost.total(steps["stock"]).bytes
+
+
 def test_the_complete_plan_moves_at_most_0_42_of_stock(steps):
     assert cost.total(steps["complete"]).bytes <= 0.42 * cost.total(steps["stock"]).bytes
 

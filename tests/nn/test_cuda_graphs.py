@@ -1,4 +1,4 @@
-"""A training step captured in a CUDA graph: it needs kernels that never wait for the host and allocate alike each time."""
+"""A training step captured in a CUDA graph: its kernels never wait for the host and allocate alike each time."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def test_replays_train_as_eager_steps_do(name, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.manual_seed(0)
     model = fastres.convert(models.create(name, num_classes=8)).to("cuda", memory_format=torch.channels_last)
-    batches = [
-        torch.randn(8, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last) for _ in range(6)
-    ]
+    batches = [torch.randn(8, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last) for _ in range(6)]
     eager = trained(copy.deepcopy(model), batches, capture=False).state_dict()
     replayed = trained(model, batches, capture=True).state_dict()
     assert replayed["bn1.num_batches_tracked"].item() == len(batches)

@@ -36,6 +36,20 @@ def rows_in_32_bits(x, y, M, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def counts(x, y, COLUMNS: tl.constexpr, DOWN: tl.constexpr):
+    """y = the sum of x's rows 0 to 9, taken upwards by several programs, or downwards."""
+    c = tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    if DOWN:
+        for row in tl.range(9 - tl.program_id(0), -1, -tl.num_programs(0)):
+            total += tl.load(x + row * COLUMNS + c).to(tl.float32)
+    else:
+        for row in tl.range(tl.program_id(0), 10, tl.num_programs(0)):
+            total += tl.load(x + (9 - row) * COLUMNS + c).to(tl.float32)
+    tl.store(y + c, total.to(y.dtype.element_ty))
+
+
+@triton.jit
 def product(a, b, y, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, NS: tl.constexpr):
     """y = a b^T, of one tile; with SCALE the operand a is changed on its way, which only registers allow."""
     m, n, k = tl.arange(0, BM).to(tl.int64), tl.arange(0, BN).to(tl.int64), tl.arange(0, BK)
@@ -120,6 +134,8 @@ def launch_boxes() -> None:
 LAUNCHES = {
     "rows in 64 bits": lambda: launch_copies(rows_in_64_bits),
     "rows in 32 bits": lambda: launch_copies(rows_in_32_bits),
+    "a loop upwards": lambda: counts[(2,)](bf16(10, 64), bf16(64), 64, False),
+    "a loop downwards": lambda: counts[(2,)](bf16(10, 64), bf16(64), 64, True),
     "operands in shared memory": lambda: launch_products(torch.float16),
     "operand in registers": lambda: launch_products(torch.bfloat16, scale=True),
     "float32": lambda: launch_products(torch.float32, m=16),

@@ -1,0 +1,193 @@
+"""What a unit's operators ask of a device: memory formats, copies, casts, and nothing of the host.
+
+The plan of a GPU is watched on the meta device, where a read of a value raises; both forms are watched on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import fastres
+from fastres import models, plan
+from fastres.cost.model import on_meta
+from fastres.cost.traffic import META, tensors
+from fastres.functional import _library
+from fastres.kernels import reference
+from fastres.numerics import assert_three_way
+
+aten = torch.ops.aten
+
+
+class Watch(TorchDispatchMode):
+    """Every operator that runs: `calls` of (operator, arguments, result). Inside our operators: `inside`."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.inside, self._depth = [], [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        body = _library.BODIES.get(func)
+        if body is not None:
+            self._depth += 1
+            try:
+                with self:
+                    return body(*args)
+            finally:
+                self._depth -= 1
+        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            with self:
+                return func.decompose(*args, **kwargs)
+        packet = func.overloadpacket
+        on_meta = packet in META and args[0].device.type == "meta"
+        result = META[packet](args) if on_meta else func(*args, **kwargs)
+        call = packet, args, result
+        self.calls.append(call)
+        if self._depth:
+            self.inside.append(call)
+        return result
+
+
+def without_our_kernels(k):
+    """Triton's kernels stand in by shape only: what they are made of is not PyTorch's operators."""
+
+    def unwatched(name):
+        def call(*args, **kwargs):
+            with _disable_current_modes():
+                return getattr(reference, name)(*args, **kwargs)
+
+        return call
+
+    ours = {name: unwatched(name) for name, launcher in plan.launchers(k).items() if plan.origin(launcher) == "triton"}
+    assert ours
+    return plan.in_form(type(k)(**vars(k) | ours), k.gram_folding)
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=str)
+def step_on_a_gpu(request):
+    """A training step of ResNet-50 by the plan of a GPU, on the meta device."""
+    pytest.importorskip("triton")
+    model = fastres.convert(on_meta(models.resnet50(), request.param))
+    x = torch.empty(2, 3, 64, 64, dtype=request.param, device="meta").to(memory_format=torch.channels_last)
+    with plan.wrapping(without_our_kernels), Watch() as watch:
+        model(x).sum().backward()
+    return request.param, watch
+
+
+def test_convolutions_take_and_give_channels_last(step_on_a_gpu):
+    dtype, watch = step_on_a_gpu
+    seen = 0
+    for operator, args, result in watch.inside:
+        if operator is aten.convolution:
+            operands = [*args[:2], result]
+        elif operator is aten.convolution_backward:
+            (dy, x, weight), (need_x, need_weight, _) = args[:3], args[10]
+            operands = [dy, *tensors(result), *([weight] if need_x else []), *([x] if need_weight else [])]
+        else:
+            continue
+        seen += 1
+        for t in operands:
+            assert t.is_contiguous(memory_format=torch.channels_last), (operator, t.shape, t.stride())
+    # The 7x7 and the sixteen 3x3, each with fprop, dgrad (not of the stem) and wgrad; in float32 the 36 1x1 too.
+    assert seen == 3 * (17 + (36 if dtype == torch.float32 else 0)) - 1
+
+
+def test_no_activation_is_copied_inside_the_units(step_on_a_gpu):
+    dtype, watch = step_on_a_gpu
+    smallest = 2 * 2 * 2 * 512  # layer4's, [N, H, W, C]
+    copies = [
+        (operator, result.shape)
+        for operator, args, result in watch.inside
+        if operator in (aten.clone, aten.copy_, aten._to_copy) and is_activation(args, smallest)
+    ]
+    # GEMMs read the strided pixels of three projections gathered, in fprop and in wgrad.
+    assert len(copies) == (6 if dtype == torch.bfloat16 else 0)
+
+
+def is_activation(args, smallest):
+    source = tensors(args)[-1]
+    return source.dim() == 4 and source.numel() >= smallest and source.shape[0] == 2
+
+
+def twins(name):
+    """The converted model and its stock copy."""
+    torch.manual_seed(0)
+    model = models.create(name).to(memory_format=torch.channels_last)
+    return fastres.convert(model), fastres.revert(copy.deepcopy(model))
+
+
+FORMS = {"folded": True, "stored": False}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_cast_once_per_step(form):
+    model, _ = twins("cifar_resnet11_bottleneck")
+    weights = {m.weight.data_ptr(): 0 for m in model.modules() if isinstance(m, nn.Conv2d)}
+    with plan.wrapping(lambda k: plan.in_form(k, FORMS[form])), Watch() as watch:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(torch.randn(4, 3, 32, 32)).float().sum()
+        loss.backward()
+    for operator, args, _ in watch.calls:
+        if operator is aten._to_copy and args[0].data_ptr() in weights:
+            weights[args[0].data_ptr()] += 1
+    assert set(weights.values()) == {1}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["cifar_resnet11_bottleneck", "cifar_resnet20"])
+def test_the_host_reads_no_value(name, form, momentum):
+    """A read would wait for the device in every block, and could not be captured in a CUDA graph."""
+    model, _ = twins(name)
+    for bn in model.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            bn.momentum = momentum
+    with plan.wrapping(lambda k: plan.in_form(k, FORMS[form])), Watch() as watch:
+        model(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert watch.inside
+    assert not [call for call in watch.calls if call[0] is aten._local_scalar_dense]
+
+
+def scaled_step(model, x, form):
+    """Gradients after `unscale_`, whether the optimizer stepped, and the scale after the step, in float16."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with plan.wrapping(lambda k: plan.in_form(k, FORMS[form])), torch.autocast("cpu", torch.float16):
+        loss = F.cross_entropy(model(x).float(), torch.arange(len(x)))
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    scaler.step(optimizer)
+    scaler.update()
+    moved = [not torch.equal(new, old) for new, old in zip(model.parameters(), before, strict=True)]
+    return grads, moved, scaler.get_scale()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_under_a_grad_scaler_are_within_twice_the_error_of_stocks(form):
+    model, stock = twins("cifar_resnet11_bottleneck")
+    x = torch.randn(8, 3, 32, 32)
+    exact = copy.deepcopy(stock).double()
+    F.cross_entropy(exact(x.double()), torch.arange(8)).backward()
+    ours, moved, scale = scaled_step(model, x, form)
+    theirs, _, _ = scaled_step(stock, x, form)
+    assert all(moved) and scale == 2.0**10
+    for name, parameter in exact.named_parameters():
+        assert_three_way(name, ours[name], theirs[name], parameter.grad, torch.float16)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_grad_scaler_skips_a_step_that_is_not_finite_as_with_stock(form):
+    for model in twins("cifar_resnet11_bottleneck"):
+        x = torch.randn(8, 3, 32, 32)
+        x[0, 0, 5, 5] = math.inf
+        _, moved, scale = scaled_step(model, x, form)
+        assert not any(moved) and scale == 2.0**9
