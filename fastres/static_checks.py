@@ -446,8 +446,8 @@ def _wide(pointer: str, definitions: dict[str, str]) -> bool:
 def downward_loops(ttir: str) -> list[str]:
     """The loops in `ttir` whose step is no positive constant, number of programs or argument of the kernel.
 
-    MLIR's loops count upwards only. Triton turns a loop round whose step is a negative constant; with any other negative
-    step the compiled loop ends before it begins.
+    MLIR's loops count upwards only. Triton turns a loop round whose step is a negative constant; with any other
+    negative step the compiled loop ends before it begins.
     """
     definitions = _definitions(ttir)
     loops = [(line.strip(), re.search(r"scf\.for .* step (%[\w#-]+)", line)) for line in ttir.splitlines()]

@@ -2,8 +2,8 @@
 
 Source: He et al., "Deep Residual Learning for Image Recognition" (2015), figure 5 right and section 3.3. Forward and
 backward here are the Gram-folded lists of kernel calls that docs/arithmetic.md derives: the raw output of the last
-conv, the widest tensor of the block, is never formed. Saved for backward are x, y1, y2, out and small float32 matrices. The
-stored form is in `_residual.py`.
+conv, the widest tensor of the block, is never formed. Saved for backward are x, y1, y2, out and small float32 matrices.
+The stored form is in `_residual.py`.
 """
 
 from __future__ import annotations
