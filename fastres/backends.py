@@ -20,12 +20,14 @@ CHOICES = ("auto", "reference", "library", "triton")
 
 def available() -> dict[str, str | None]:
     """Each namespace, with None where it can run on this machine or else the reason why it cannot."""
-    return {
-        "reference": None,
-        "library": None,
-        "triton": _triton_reason(),
-        "projection": load("projection").available(),
-    }
+    return {namespace: reason(namespace) for namespace in NAMESPACES}
+
+
+def reason(namespace: str) -> str | None:
+    """Why a namespace cannot run on this machine, None where it can."""
+    if namespace == "triton":
+        return _triton_reason()
+    return load("projection").available() if namespace == "projection" else None
 
 
 def check_name(backend: str) -> None:
@@ -37,9 +39,9 @@ def check_name(backend: str) -> None:
 def require(backend: str) -> None:
     """Raise ValueError for an unknown `backend`, RuntimeError with the reason for one that cannot run here."""
     check_name(backend)
-    reason = None if backend == "auto" else available()[backend]
-    if reason is not None:
-        raise RuntimeError(f"backend={backend!r} cannot run on this machine: {reason}")
+    why = None if backend == "auto" else reason(backend)
+    if why is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run on this machine: {why}")
 
 
 @functools.cache
@@ -53,7 +55,11 @@ def _triton_reason() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     try:
-        importlib.import_module("triton")
+        common = importlib.import_module("fastres.kernels.triton._common")
     except ImportError as error:
         return f"triton does not import ({error})"
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if common.configured_part(10 * major + minor) is None:
+            return f"cuda:{index} has compute capability {major}.{minor}, the Triton kernels need 8.0"
     return None

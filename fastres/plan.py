@@ -67,7 +67,7 @@ def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamesp
     modules = [backends.load(namespace) for namespace in _preference(dtype, device_type, backend)]
     names = backends.load("reference").__all__
     chosen = {name: next(getattr(module, name) for module in modules if hasattr(module, name)) for name in names}
-    if backend == "auto" and device_type == "cpu" and backends.available()["projection"] is None:
+    if backend == "auto" and device_type == "cpu" and backends.reason("projection") is None:
         extension = backends.load("projection")
         chosen |= {name: getattr(extension, name) for name in _EXTENSION_ON_CPU.get(dtype, ())}
     return SimpleNamespace(**chosen, gram_folding=device_type == "cpu" or origin(chosen["expand"]) != "library")
@@ -93,7 +93,7 @@ def _preference(dtype: torch.dtype, device_type: str, backend: str) -> tuple[str
 def _has_triton(device_type: str) -> bool:
     if device_type == "meta":
         return importlib.util.find_spec("triton") is not None
-    return device_type == "cuda" and backends.available()["triton"] is None
+    return device_type == "cuda" and backends.reason("triton") is None
 
 
 def origins(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> dict[str, str]:

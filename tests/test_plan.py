@@ -28,7 +28,7 @@ def test_a_plan_has_every_kernel(dtype, backend):
 
 def test_namespaces_offer_only_kernels_that_the_reference_defines():
     for name in backends.NAMESPACES[1:]:
-        if name == "triton" and backends.available()["triton"] is not None:
+        if name == "triton" and backends.reason("triton") is not None:
             continue
         offered = set(backends.load(name).__all__) - {"available"}
         assert offered <= set(reference.__all__), name
@@ -40,28 +40,43 @@ def test_float64_is_always_the_reference():
 
 
 def test_auto_on_a_cpu_takes_the_library_and_the_extension_where_it_is_faster(monkeypatch):
-    available = {"reference": None, "library": None, "triton": "no", "projection": None}
-    monkeypatch.setattr(backends, "available", lambda: available)
+    reasons = {"triton": "no", "projection": None}
+    monkeypatch.setattr(backends, "reason", reasons.get)
     assert plan.resolve(torch.float32, CPU).conv2d is library.conv2d
     origins = plan.origins(torch.float32, CPU)
     assert {origins[name] for name in PROJECTION} == {"projection"}
     assert plan.origins(torch.bfloat16, CPU)["projection_gram"] == "projection"
     assert plan.origins(torch.bfloat16, CPU)["projection_fprop"] == "library"
-    available["projection"] = "not built"
+    reasons["projection"] = "not built"
     plan._resolve.cache_clear()
     assert plan.origins(torch.float32, CPU)["projection_gram"] == "library"
 
 
 def test_triton_by_name_raises_with_the_reason_where_it_cannot_run(monkeypatch):
-    reason = backends.available()["triton"]
+    reason = backends.reason("triton")
     if reason is not None:
         with pytest.raises(RuntimeError, match=f"backend='triton' cannot run on this machine: {reason}"):
             plan.resolve(torch.float32, CPU, "triton")
-    monkeypatch.setattr(backends, "available", lambda: dict.fromkeys(backends.NAMESPACES))
+    monkeypatch.setattr(backends, "reason", lambda namespace: None)
     with pytest.raises(RuntimeError, match="needs CUDA tensors, got cpu"):
         plan.resolve(torch.float32, CPU, "triton")
     with pytest.raises(RuntimeError, match="no float64 kernels"):
         plan.resolve(torch.float64, torch.device("cuda"), "triton")
+
+
+def test_a_gpu_too_old_for_triton_takes_the_library(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((8, 0), (7, 5))[index])
+    backends._triton_reason.cache_clear()
+    try:
+        assert backends.available()["triton"] == "cuda:1 has compute capability 7.5, the Triton kernels need 8.0"
+        assert "triton" not in plan.origins(torch.float16, torch.device("cuda")).values()
+        with pytest.raises(RuntimeError, match="backend='triton' cannot run on this machine: cuda:1 has"):
+            plan.resolve(torch.float16, torch.device("cuda"), "triton")
+    finally:
+        backends._triton_reason.cache_clear()
 
 
 def test_the_environment_overrides_the_argument(monkeypatch):

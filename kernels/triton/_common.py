@@ -108,6 +108,11 @@ def check_vectors(kernel: str, like: Tensor, **vectors: Tensor | None) -> None:
     check_dense(kernel, (4, like.shape[-1]), (torch.float32,), like.device, **vectors)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a/b rounded up, on the host; `triton.cdiv` is for kernels, and takes microseconds outside them."""
+    return -(-a // b)
+
+
 def channel_units(channels: int) -> tuple[int, int]:
     """C as `(units, UNIT)` with C = units*UNIT and UNIT, a constexpr, the largest power of two up to 16 that divides C.
 

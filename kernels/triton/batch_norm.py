@@ -26,6 +26,8 @@ from the last block: a compiled loop with a negative step never runs.
 
 Not used for float64 (the reference serves it), on CPUs, and below compute capability 8.0.
 
+Sizes are not specialised on: UNIT says what alignment needs, and the smaller last batch of an epoch compiles nothing.
+
 Deterministic: sums are split over a number of programs that depends on shape, dtype and part only, every program adds
 its rows in order, and nothing is atomic. No value is read by the host.
 """
@@ -43,6 +45,7 @@ from ..reference.batch_norm import ChannelStats
 from ._common import (
     DTYPES,
     MULTIPROCESSORS,
+    ceil_div,
     channel_units,
     channel_vector,
     check_activations,
@@ -103,7 +106,7 @@ def tile_shape(channels: int, itemsize: int, config: Config) -> tuple[int, int]:
 
 def splits(rows: int, channels: int, tile_rows: int, tile_channels: int, config: Config) -> int:
     """Programs that share the rows of one channel block; at least one, so that the sums of no rows are written as 0."""
-    return max(1, min(config.programs // triton.cdiv(channels, tile_channels), triton.cdiv(rows, tile_rows)))
+    return max(1, min(config.programs // ceil_div(channels, tile_channels), ceil_div(rows, tile_rows)))
 
 
 @triton.jit
@@ -124,7 +127,7 @@ def _blocks(M, ROWS: tl.constexpr):
     return (M - 1) // ROWS + 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "units"])
 def _channel_stats_kernel(
     y,
     count,
@@ -200,7 +203,7 @@ def _move(running, batch, num_batches_tracked, momentum, c, C):
     tl.store(running + c, (old + step).to(running.dtype.element_ty), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "units"])
 def _bn_finalize_kernel(
     count,
     mean,
@@ -252,7 +255,7 @@ def _bn_finalize_kernel(
                 tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def _bn_constants_kernel(
     running_mean, running_var, weight, bias, bn, eps, units, UNIT: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -261,7 +264,7 @@ def _bn_constants_kernel(
     _store_bn(bn, _vector(running_mean, c, C), _vector(running_var, c, C), weight, bias, eps, c, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "units"])
 def _bn_act_kernel(
     y,
     bn,
@@ -296,7 +299,7 @@ def _bn_act_kernel(
         tl.store(out + base + offsets, z.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "units"])
 def _bn_bwd_reduce_kernel(
     g,
     y,
@@ -346,7 +349,7 @@ def _bn_bwd_reduce_kernel(
         tl.store(residual_sums + row + C, tl.sum(residual_centred, 0), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "units"])
 def _bn_bwd_finalize_kernel(
     sums,
     bn,
@@ -383,7 +386,7 @@ def _bn_bwd_finalize_kernel(
     tl.store(grad + 3 * C + c, offset, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "units"])
 def _bn_bwd_apply_kernel(
     g,
     y,
@@ -456,7 +459,7 @@ def channel_stats(y: Tensor) -> ChannelStats:
     count = torch.empty(programs, dtype=torch.float32, device=y.device)
     mean = torch.empty(programs, channels, dtype=torch.float32, device=y.device)
     m2 = torch.empty_like(mean)
-    grid = (triton.cdiv(channels, tile[1]), programs)
+    grid = (ceil_div(channels, tile[1]), programs)
     with on_device(y.device):
         _channel_stats_kernel[grid](
             y,
@@ -515,7 +518,7 @@ def bn_finalize(
         num_batches_tracked.add_(1)
     bn = torch.empty(4, channels, dtype=torch.float32, device=mean.device)
     with on_device(mean.device):
-        _bn_finalize_kernel[(triton.cdiv(channels, FINALIZE.channels),)](
+        _bn_finalize_kernel[(ceil_div(channels, FINALIZE.channels),)](
             count,
             mean,
             m2,
@@ -562,7 +565,7 @@ def bn_constants(
     bn = torch.empty(4, channels, dtype=torch.float32, device=device)
     block = 128  # a value per thread
     with on_device(device):
-        _bn_constants_kernel[(triton.cdiv(channels, block),)](
+        _bn_constants_kernel[(ceil_div(channels, block),)](
             *vectors.values(), bn, eps, *channel_units(channels), block, num_warps=4
         )
     return bn
@@ -586,7 +589,7 @@ def bn_act(
     rows, channels = _rows(y), y.shape[-1]
     config = CONFIGS[part_of(y.device)]["bn_act"]
     tile = tile_shape(channels, y.element_size(), config)
-    grid = (triton.cdiv(channels, tile[1]), splits(rows, channels, *tile, config))
+    grid = (ceil_div(channels, tile[1]), splits(rows, channels, *tile, config))
     with on_device(y.device):
         _bn_act_kernel[grid](
             y,
@@ -628,7 +631,7 @@ def bn_bwd_reduce(
     programs = splits(rows, channels, *tile, config)
     sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=y.device)
     residual_sums = None if residual is None else torch.empty_like(sums)
-    grid = (triton.cdiv(channels, tile[1]), programs)
+    grid = (ceil_div(channels, tile[1]), programs)
     with on_device(y.device):
         _bn_bwd_reduce_kernel[grid](
             g,
@@ -660,7 +663,7 @@ def bn_bwd_finalize(sums: Tensor, bn: Tensor, count: int | None) -> Tensor:
     check_vectors("bn_bwd_finalize", sums, bn=bn)
     grad = torch.empty_like(bn)
     with on_device(sums.device):
-        _bn_bwd_finalize_kernel[(triton.cdiv(channels, FINALIZE.channels),)](
+        _bn_bwd_finalize_kernel[(ceil_div(channels, FINALIZE.channels),)](
             sums,
             bn,
             grad,
@@ -715,7 +718,7 @@ def bn_bwd_apply(
         rows, channels = _rows(g), g.shape[-1]
         config = CONFIGS[part_of(g.device)]["bn_bwd_apply"]
         tile = tile_shape(channels, g.element_size(), config)
-        grid = (triton.cdiv(channels, tile[1]), splits(rows, channels, *tile, config))
+        grid = (ceil_div(channels, tile[1]), splits(rows, channels, *tile, config))
         with on_device(g.device):
             _bn_bwd_apply_kernel[grid](
                 g,

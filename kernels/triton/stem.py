@@ -18,6 +18,8 @@ with neighbouring numbers take neighbouring columns. Image and row offsets are 6
 
 Not used for float64 (the reference serves it), on CPUs, and below compute capability 8.0.
 
+Sizes are not specialised on: UNIT says what alignment needs, and the smaller last batch of an epoch compiles nothing.
+
 Deterministic: backward gathers, in the order of the reference, and nothing is atomic.
 """
 
@@ -34,6 +36,7 @@ from ..reference.conv2d import Pair
 from ..reference.stem import NO_GRADIENT as _NO_GRADIENT
 from ._common import (
     MULTIPROCESSORS,
+    ceil_div,
     channel_units,
     channel_vector,
     check_activations,
@@ -110,7 +113,7 @@ def _maximum_of_row(row, left, centre, right, c, inside, scale, shift, left_tap,
     return _first_maximum(z, raw, tap, z_right, y_right, TAP + 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "H", "W", "rows", "units"])
 def _stem_pool_kernel(
     y,
     bn,
@@ -182,7 +185,7 @@ def _store_dy(dy, y, routed, offsets, inside, scale, slope, offset):
     tl.store(dy + offsets, (routed * scale).to(dy.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "H", "W", "rows", "units"])
 def _stem_pool_bwd_kernel(
     g,
     argmax,
@@ -256,10 +259,10 @@ def tiling(windows: torch.Size, itemsize: int, config: Config) -> Tiling:
     vector = 16 // itemsize
     values = 32 * config.num_warps * (vector if c % vector == 0 else 4)
     block = next((block for block in CHANNEL_BLOCKS if block >= c), CHANNEL_BLOCKS[-1])
-    tiles = triton.cdiv(n * wo, values // block) * triton.cdiv(c, block)
-    parts = min(ho, max(triton.cdiv(ho, config.rows), triton.cdiv(config.programs, tiles)))
-    rows = triton.cdiv(ho, parts)
-    return Tiling((tiles, triton.cdiv(ho, rows)), rows, values // block, block)
+    tiles = ceil_div(n * wo, values // block) * ceil_div(c, block)
+    parts = min(ho, max(ceil_div(ho, config.rows), ceil_div(config.programs, tiles)))
+    rows = ceil_div(ho, parts)
+    return Tiling((tiles, ceil_div(ho, rows)), rows, values // block, block)
 
 
 def stem_pool(y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,6 +74,23 @@ def test_inductor_matches_eager(make_unit):
     torch.testing.assert_close(other.bns[2].running_var, unit.bns[2].running_var)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="strides of real results on a CUDA device")
+@pytest.mark.parametrize("name", ["bottleneck-projection-stride2", "basic", "conv3x3-bn-relu", "stem", "projection"])
+def test_inductor_matches_eager_on_a_gpu(name, make_unit):
+    torch._dynamo.reset()
+    unit, x = make_unit(name, dtype=torch.bfloat16, scale=8)
+    unit = unit.to("cuda", memory_format=torch.channels_last)
+    other = copy.deepcopy(unit)
+    x = x.to("cuda").requires_grad_()
+    compiled = torch.compile(lambda x: torch.sigmoid(other.fused(x * 2)), fullgraph=True)(x)
+    grads = torch.autograd.grad(compiled.sum(), [x, *other.parameters()])
+    eager = torch.sigmoid(unit.fused(x * 2))
+    torch.testing.assert_close(compiled, eager)
+    for ours, theirs in zip(grads, torch.autograd.grad(eager.sum(), [x, *unit.parameters()]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def relative(value, exact):
     return (value.double() - exact).norm() / exact.norm().clamp(min=1e-12)
 
