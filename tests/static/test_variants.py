@@ -16,7 +16,8 @@ import json, torch
 from fastres import cases, static_checks
 
 def keys(case, sizes):
-    return [launch.key for launch in static_checks._launches(static_checks.Request.of(case, torch.bfloat16, **sizes), 90)]
+    request = static_checks.Request.of(case, torch.bfloat16, **sizes)
+    return [launch.key for launch in static_checks._launches(request, 90)]
 
 image = {"batch_norm": {"h": 14, "w": 14, "c": 256}, "stem": {"h": 112, "w": 112, "c": 64}}
 print(json.dumps({
