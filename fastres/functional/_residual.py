@@ -236,7 +236,7 @@ def _apply_to_both_branches(
 
 
 class ResidualBlock:
-    """A kind of block as operators.
+    """A kind of block as operators; making one registers it in `KINDS`.
 
     name: of its function. depth: convolutions of the main branch. folds_last: whether the Gram-folded form folds the
     last of them too, not only a projection. convs: `convs(weights, *geometry)` gives the convolutions, a projection
