@@ -3,8 +3,8 @@
 A plan is a namespace `k` with one launcher per kernel name; the bodies in `fastres.functional` read `k.conv1x1(...)`
 and know nothing of backends. `k.gram_folding` says which of their two forms they run (`fastres.functional._residual`).
 On a GPU blocks are Gram-folded where the kernels that make `expand` one pass exist: by library operators the folded
-form takes many small launches for its matrices, and the stored form's convolutions and passes are fewer. On a CPU
-launches cost little, and folding saves memory and a pass over the widest tensor.
+form takes many small launches for its matrices. On a CPU launches cost little and blocks are folded for the memory,
+although the stored form can be the faster one there.
 """
 
 from __future__ import annotations

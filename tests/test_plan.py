@@ -79,6 +79,21 @@ def test_a_gpu_too_old_for_triton_takes_the_library(monkeypatch):
         backends._triton_reason.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "device, dtype, backend, folded",
+    [
+        ("cpu", torch.float32, "auto", True),
+        ("cpu", torch.bfloat16, "library", True),
+        ("meta", torch.bfloat16, "auto", False),
+        ("meta", torch.float32, "library", False),
+        ("meta", torch.bfloat16, "reference", True),
+        ("meta", torch.float64, "auto", True),
+    ],
+)
+def test_blocks_are_stored_on_a_gpu_where_expand_takes_several_passes(device, dtype, backend, folded):
+    assert plan.resolve(dtype, torch.device(device), backend).gram_folding is folded
+
+
 def test_the_environment_overrides_the_argument(monkeypatch):
     monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "reference")
     assert plan.resolve(torch.float32, CPU, "library").conv2d is reference.conv2d

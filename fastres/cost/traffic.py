@@ -116,7 +116,7 @@ def _convolution(args: Sequence) -> Tensor:
     return y
 
 
-META: dict[object, Callable[[Sequence], object]] = {
+_META: dict[object, Callable[[Sequence], object]] = {
     aten.batch_norm_update_stats: _vectors(2),
     aten.batch_norm_backward_reduce: _vectors(4),
     aten.convolution: _convolution,
@@ -138,17 +138,14 @@ _FLOPS = flop_registry | {
 """Formulas of operators with matrix products."""
 
 
-class Traffic(TorchDispatchMode):
-    """Records every operator that runs inside as a `Step`, in `steps`, under the present `unit` and `direction`.
+class Operators(TorchDispatchMode):
+    """Hands every operator of PyTorch's that runs inside to `ran`, once it has run; composite ones by their parts.
 
     expand: gives for an operator the function to run in its place, under the same mode, or None.
     """
 
-    def __init__(self, part: Part):
+    def __init__(self):
         super().__init__()
-        self.part = part
-        self.steps: list[Step] = []
-        self.unit, self.direction = "", "forward"
         self.expand: Callable[[object], Callable | None] = lambda func: None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -162,14 +159,31 @@ class Traffic(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         packet = func.overloadpacket
-        on_meta = packet in META and args[0].device.type == "meta"
-        result = META[packet](args) if on_meta else func(*args, **kwargs)
+        on_meta = packet in _META and args[0].device.type == "meta"
+        result = _META[packet](args) if on_meta else func(*args, **kwargs)
+        self.ran(func, args, kwargs, result)
+        return result
+
+    def ran(self, func, args: Sequence, kwargs: dict, result: object) -> None:
+        raise NotImplementedError
+
+
+class Traffic(Operators):
+    """Records every operator that runs inside as a `Step`, in `steps`, under the present `unit` and `direction`."""
+
+    def __init__(self, part: Part):
+        super().__init__()
+        self.part = part
+        self.steps: list[Step] = []
+        self.unit, self.direction = "", "forward"
+
+    def ran(self, func, args: Sequence, kwargs: dict, result: object) -> None:
         moved = _moved(func, args, kwargs, result)
         if moved:
+            packet = func.overloadpacket
             formula = _FLOPS.get(packet)
             flops = formula(*args, **kwargs, out_val=result) if formula else 0
             self.record(packet.__name__, "aten", moved, flops, tensors((args, result))[0].dtype)
-        return result
 
     def record(self, kernel: str, backend: str, bytes: int, flops: int, dtype: torch.dtype) -> None:
         """Add a step of its own."""

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 import fastres
 from fastres import models, plan
 from fastres.cost.model import on_meta
-from fastres.cost.traffic import META, tensors
+from fastres.cost.traffic import Operators, tensors
 from fastres.functional import _library
 from fastres.kernels import reference
 from fastres.numerics import assert_three_way
@@ -25,34 +25,31 @@ from fastres.numerics import assert_three_way
 aten = torch.ops.aten
 
 
-class Watch(TorchDispatchMode):
+class Watch(Operators):
     """Every operator that runs: `calls` of (operator, arguments, result). Inside our operators: `inside`."""
 
     def __init__(self):
         super().__init__()
         self.calls, self.inside, self._depth = [], [], 0
+        self.expand = self._body
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def _body(self, func):
         body = _library.BODIES.get(func)
-        if body is not None:
+
+        def run(*args):
             self._depth += 1
             try:
-                with self:
-                    return body(*args)
+                return body(*args)
             finally:
                 self._depth -= 1
-        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-            with self:
-                return func.decompose(*args, **kwargs)
-        packet = func.overloadpacket
-        on_meta = packet in META and args[0].device.type == "meta"
-        result = META[packet](args) if on_meta else func(*args, **kwargs)
-        call = packet, args, result
+
+        return run if body else None
+
+    def ran(self, func, args, kwargs, result):
+        call = func.overloadpacket, args, result
         self.calls.append(call)
         if self._depth:
             self.inside.append(call)
-        return result
 
 
 def without_our_kernels(k):

@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 
+from fastres import plan
+
 RTOL = 1e-10
 
 
@@ -189,6 +191,21 @@ def test_double_backward_raises_and_says_what_to_do(unit_name, make_unit):
     (gradient,) = torch.autograd.grad(unit.fused(front(x)).square().sum(), front.bias, create_graph=True)
     with pytest.raises(RuntimeError, match="fastres.revert"):
         torch.autograd.grad(gradient.square().sum(), front.weight)
+
+
+@pytest.mark.parametrize("folded", [True, False], ids=["folded", "stored"])
+@pytest.mark.parametrize("name", ["bottleneck", "bottleneck-projection-stride2", "basic-projection", "projection"])
+def test_backward_has_the_form_of_its_forward(name, folded, make_unit):
+    """Whatever the plan says by then."""
+    unit, x = make_unit(name)
+    leaves = [x.requires_grad_(), *unit.parameters()]
+    with plan.wrapping(lambda k: plan.in_form(k, folded)):
+        out = unit.fused(x)
+    g = torch.randn_like(out)
+    with plan.wrapping(lambda k: plan.in_form(k, not folded)):
+        ours = torch.autograd.grad(out, leaves, g)
+    for index, stock in enumerate(torch.autograd.grad(unit.stock(x), leaves, g)):
+        assert_close(str(index), ours[index], stock)
 
 
 def test_input_modified_in_place_before_backward_raises(make_unit):
