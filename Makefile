@@ -11,7 +11,7 @@ PY := .venv/bin/python
 INSTALLED := .venv/installed
 # What an installation depends on; other Python files are used in place.
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt constraints-cpu.txt CMakeLists.txt \
-                  $(wildcard $(addprefix kernels/projection/*., cpp h cu cuh))
+                  $(wildcard $(addprefix kernels/projection/*., cpp h) $(addprefix kernels/projection/cuda/*., cu cuh))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,8 +28,11 @@ lint: $(INSTALLED) ## run ruff
 bench: $(INSTALLED) ## run the benchmarks
 	@$(PY) -m pytest benchmarks
 
-static: $(INSTALLED) ## compile every Triton kernel for every part, which make test does for two
+static: $(INSTALLED) ## compile every Triton and CUDA kernel for every part, which make test does for two
 	@$(PY) -m pytest tests/static tests/kernels --all-parts
+
+mutants: $(INSTALLED) ## plant every known kind of fault in the CUDA kernels; make test plants six
+	@$(PY) -m pytest tests/emulation --all-mutants
 
 # A GPU machine has its own torch, built for its driver.
 gpu: ## on a GPU machine: test and measure; GPU_BUDGET seconds, OUT folder, GPU_ONLY=kernels,models
@@ -63,4 +66,4 @@ $(INSTALLED): $(INSTALL_INPUTS)
 	@$(PY) -c "from fastres.kernels import projection; print('fastres: extension', projection.available() or 'built')"
 	@touch $@
 
-.PHONY: help demo test lint bench static gpu clean
+.PHONY: help demo test lint bench static mutants gpu clean

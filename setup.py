@@ -1,9 +1,11 @@
 """Packages, and the projection extension built by CMake and Ninja where this machine can.
 
 Without torch (pip's build isolation hides it), CMake, Ninja or a C++ compiler the package installs without the
-extension. Either way the outcome is written to `kernels/projection/_build.json`, where `fastres info` reads it.
+extension, and without an nvcc that can compile them the extension without its CUDA kernels. Either way the outcome is
+written to `kernels/projection/_build.json`, where `fastres info` reads it.
 
-Environment: FASTRES_BUILD_EXT=1 makes a failed build an error, 0 skips the build; CXX names the compiler; MAX_JOBS the
+Environment: FASTRES_BUILD_EXT=1 makes a failed build an error, 0 skips the build; FASTRES_BUILD_CUDA does the same for
+the CUDA kernels; CXX and CUDACXX name the compilers; CUDAARCHS the architectures, as CMake has it; MAX_JOBS the
 parallel compile jobs.
 """
 
@@ -15,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -53,6 +56,23 @@ def find_compiler() -> str | None:
     return None
 
 
+def nvcc() -> list[str]:
+    """Path and version of the nvcc that CMakeLists.txt finds, empty where there is none."""
+    named = os.environ.get("CUDACXX") or "nvcc"
+    path = shutil.which(named.split()[0])
+    if path is None:
+        return []
+    return [path, subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace").stdout]
+
+
+def wish(variable: str) -> str:
+    """The value of one of our environment variables: 0, 1 or nothing."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{variable} must be 0, 1 or unset, is {value!r}")
+    return value
+
+
 def find_torch() -> tuple[str, str]:
     """Folder and version of the installed torch."""
     spec = importlib.util.find_spec("torch")
@@ -82,56 +102,79 @@ def run_tool(step: str, command: list[str]) -> None:
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
     if done.returncode:
         print(done.stdout, file=sys.stderr)
-        errors = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
-        raise CannotBuild(f"{step} failed: {errors[0] if errors else f'exit status {done.returncode}'}")
+        raise CannotBuild(f"{step} failed: {first_error(done.stdout) or f'exit status {done.returncode}'}")
 
 
-def compile_library() -> dict:
-    """Configure and build; returns what CMake wrote about the library (path, compiler, torch, cuda_architectures)."""
+def first_error(output: str) -> str:
+    """The first line with an error; CMake ends its own with a colon and explains it in a paragraph."""
+    lines = dropwhile(lambda line: "error" not in line.lower(), map(str.strip, output.splitlines()))
+    error = next(lines, "")
+    explanation = takewhile(bool, dropwhile(lambda line: not line, lines)) if error.endswith(":") else ()
+    return " ".join([error, *explanation])
+
+
+def compile_library(cuda: str) -> dict:
+    """Configure and build; returns what CMake wrote about the library, the keys of OUTCOME but "built" and "reason".
+
+    cuda: as FASTRES_BUILD_CUDA.
+    """
     torch_folder, torch_version = find_torch()
     cmake, ninja, compiler = find_tool("cmake"), find_tool("ninja"), find_compiler()
-    # CMake keeps the first compiler and torch it saw: start afresh when either changed.
-    key = json.dumps([compiler, torch_folder, torch_version])
+    # CMake keeps the first compilers, architectures and torch it saw: start afresh when one changed.
+    key = json.dumps([compiler, torch_folder, torch_version, nvcc(), os.environ.get("CUDAARCHS")])
     key_file = BUILD_FOLDER / "key.json"
     if BUILD_FOLDER.exists() and (not key_file.exists() or key_file.read_text() != key):
         shutil.rmtree(BUILD_FOLDER)
     BUILD_FOLDER.mkdir(parents=True, exist_ok=True)
     key_file.write_text(key)
     configure = [cmake, "-S", str(ROOT), "-B", str(BUILD_FOLDER), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    run_tool("CMake's configuration", [*configure, f"-DPython_EXECUTABLE={sys.executable}"])
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DFASTRES_BUILD_CUDA={cuda}"]
+    run_tool("CMake's configuration", configure)
     run_tool("compilation", [cmake, "--build", str(BUILD_FOLDER), "--parallel", str(jobs())])
     return json.loads((BUILD_FOLDER / "fastres_projection.json").read_text())
+
+
+def compile_what_can_be(cuda: str) -> dict:
+    """`compile_library`; where that fails and nobody asked for the CUDA kernels, without them."""
+    try:
+        return compile_library(cuda)
+    except CannotBuild as error:
+        if cuda or not nvcc():
+            raise
+        return compile_library("0") | {"cuda": str(error)}
 
 
 @functools.cache  # a wheel runs build_ext twice
 def build_projection() -> tuple[dict, Path | None]:
     """Build the extension once per process: the outcome as it goes into OUTCOME, and the library's path or None."""
     outcome = {"built": False, "reason": None, "library": None, "compiler": None, "torch": None}
-    outcome["cuda_architectures"] = []
-    wish = os.environ.get("FASTRES_BUILD_EXT", "")
+    outcome |= {"cuda": "the extension is not built", "cuda_architectures": [], "nvcc": None}
+    wanted, wanted_cuda = wish("FASTRES_BUILD_EXT"), wish("FASTRES_BUILD_CUDA")
     library = None
     try:
-        if wish not in ("", "0", "1"):
-            raise SystemExit(f"FASTRES_BUILD_EXT must be 0, 1 or unset, is {wish!r}")
-        if wish == "0":
+        if wanted == "0":
             raise CannotBuild("FASTRES_BUILD_EXT=0 was set")
-        made = compile_library()
+        made = compile_what_can_be(wanted_cuda)
         library = Path(made.pop("library"))
         outcome |= made | {"built": True, "library": library.name}
     except CannotBuild as error:
         outcome["reason"] = str(error)
     print_summary(outcome)
-    if wish == "1" and not outcome["built"]:
+    if wanted == "1" and not outcome["built"]:
         raise SystemExit(f"FASTRES_BUILD_EXT=1, but the projection extension was not built: {outcome['reason']}")
+    if wanted_cuda == "1" and outcome["cuda"]:
+        reason = outcome["reason"] or outcome["cuda"]
+        raise SystemExit(f"FASTRES_BUILD_CUDA=1, but the CUDA kernels were not built: {reason}")
     return outcome, library
 
 
 def print_summary(outcome: dict) -> None:
     """One block on stderr (pip shows it with -v)."""
-    cuda = ", ".join(outcome["cuda_architectures"]) or "no"
     rows = [("projection extension", "built" if outcome["built"] else "not built")]
     if outcome["built"]:
-        rows += [("compiler", outcome["compiler"]), ("torch", outcome["torch"]), ("jobs", jobs()), ("CUDA", cuda)]
+        rows += [("compiler", outcome["compiler"]), ("torch", outcome["torch"]), ("jobs", jobs())]
+        cuda = f"{', '.join(outcome['cuda_architectures'])}, by nvcc {outcome['nvcc']}"
+        rows += [("CUDA kernels", f"none: {outcome['cuda']}" if outcome["cuda"] else cuda)]
     else:
         rows += [("reason", outcome["reason"]), ("consequence", "fastres runs without it; the other backends serve")]
     print("\n".join(["", "fastres"] + [f"  {name:<21} {value}" for name, value in rows] + [""]), file=sys.stderr)

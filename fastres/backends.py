@@ -11,8 +11,8 @@ from types import ModuleType
 
 import torch
 
-NAMESPACES = ("reference", "library", "triton", "projection")
-"""The folders of `fastres.kernels`, each with the kernels that it offers."""
+NAMESPACES = ("reference", "library", "triton", "projection", "projection.hopper")
+"""The modules of `fastres.kernels`, each with the kernels that it offers."""
 
 CHOICES = ("auto", "reference", "library", "triton")
 """What a `backend` argument, a module's `backend` attribute and FASTRES_BACKEND may name."""
@@ -27,7 +27,22 @@ def reason(namespace: str) -> str | None:
     """Why a namespace cannot run on this machine, None where it can."""
     if namespace == "triton":
         return _triton_reason()
-    return load("projection").available() if namespace == "projection" else None
+    return load(namespace).available() if namespace.startswith("projection") else None
+
+
+def offers(namespace: str, kernel: str, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether a namespace that can run here has the kernel for activations of this dtype on this type of device."""
+    if not hasattr(load(namespace), kernel):
+        return False
+    if namespace == "projection" and device_type == "cpu":
+        return dtype != torch.float16 and kernel != "projection_conv"
+    if namespace.startswith("projection"):
+        return (
+            device_type == "cuda"
+            and dtype in (torch.bfloat16, torch.float16)
+            and load("projection").cuda_available() is None
+        )
+    return True
 
 
 def check_name(backend: str) -> None:

@@ -1,7 +1,6 @@
 """What this machine offers, and why not where it does not: `python -m fastres info`."""
 
 import importlib.metadata
-import json
 import platform
 from pathlib import Path
 
@@ -49,7 +48,8 @@ def gather() -> dict:
 
     Returns:
         Plain values: "versions" and "devices" (name to text), "backends" (name to None or the reason why not) and
-        "extension" (what the build wrote about the projection extension, with "available": None or the reason why not).
+        "extension" (what the build wrote about the projection extension, with "available" and "cuda_available": None or
+        the reason why not).
     """
     import fastres
     from fastres import backends
@@ -67,7 +67,11 @@ def gather() -> dict:
         "versions": versions,
         "devices": devices,
         "backends": backends.available(),
-        "extension": {**_build(), "available": projection.available()},
+        "extension": {
+            **projection.build_outcome(),
+            "available": projection.available(),
+            "cuda_available": projection.cuda_available(),
+        },
     }
 
 
@@ -80,21 +84,9 @@ def show() -> None:
     print_table("Devices", ["device", "what it is"], [list(row) for row in facts["devices"].items()])
     print_table("Backends", ["backend", "available"], [[name, why or "yes"] for name, why in facts["backends"].items()])
     extension = facts["extension"]
-    rows = [["available", extension.pop("available") or "yes"]]
-    rows += [[name.replace("_", " "), _text(value)] for name, value in extension.items()]
-    print_table("Projection extension (C++)", ["", ""], rows)
-
-
-def _build() -> dict:
-    from fastres.kernels import projection
-
-    try:
-        return json.loads(Path(projection.__file__).with_name("_build.json").read_text())
-    except FileNotFoundError:
-        return {}
-
-
-def _text(value) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return {None: "-", True: "yes", False: "no"}.get(value, str(value))
+    built = [[name, str(extension[name])] for name in ("library", "compiler", "torch") if extension.get(name)]
+    print_table("Projection extension (C++)", ["", ""], [["available", extension["available"] or "yes"], *built])
+    compiled = [["nvcc", extension["nvcc"]]] if extension.get("nvcc") else []
+    compiled += [["architectures", ", ".join(extension["cuda_architectures"])]] if compiled else []
+    available = ["available", extension["cuda_available"] or "yes"]
+    print_table("Projection extension, its CUDA kernels", ["", ""], [available, *compiled])

@@ -12,11 +12,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from . import backends
 
@@ -29,6 +31,16 @@ _EXTENSION_ON_CPU = {
     torch.float32: ("projection_gram", "projection_fprop", "projection_wgrad", "projection_dgrad"),
     torch.bfloat16: ("projection_gram",),
 }
+
+
+# Where a projection shortcut on its own is Gram-folded by the extension's CUDA kernels, in place of the stored form by
+# the library's convolution. Modelled, not measured (docs/arithmetic.md, "The projection shortcut on a GPU"): with more
+# input channels the extra products cost mma.sync more time than the bytes they save, and on fewer output values the
+# launches for the small matrices do.
+_MOST_FOLDED_CHANNELS = 256
+_LEAST_FOLDED_VALUES = 2**26
+
+_EXTENSION_ON_GPU = ("projection_gram", "projection_fprop", "projection_wgrad", "projection_dgrad")
 
 
 _wrap: Callable[[SimpleNamespace], SimpleNamespace] | None = None
@@ -48,6 +60,19 @@ def resolve(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> 
     `origins(...)` tells which namespace each launcher is from.
     """
     k = _resolve(dtype, device.type, requested(backend))
+    return k if _wrap is None else _wrap(k)
+
+
+def resolve_projection(x: Tensor, output_shape: tuple[int, ...], backend: str = "auto") -> SimpleNamespace:
+    """As `resolve`, for a projection shortcut outside of a block: x `[N, H, W, C]`, its output `[N, Ho, Wo, K]`."""
+    name = requested(backend)
+    extension = (
+        name == "auto"
+        and _extension_on_gpu(x.dtype, x.device.type)
+        and x.shape[3] <= _MOST_FOLDED_CHANNELS
+        and math.prod(output_shape) >= _LEAST_FOLDED_VALUES
+    )
+    k = _resolve_projection(x.dtype, x.device.type) if extension else _resolve(x.dtype, x.device.type, name)
     return k if _wrap is None else _wrap(k)
 
 
@@ -71,6 +96,24 @@ def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamesp
         extension = backends.load("projection")
         chosen |= {name: getattr(extension, name) for name in _EXTENSION_ON_CPU.get(dtype, ())}
     return SimpleNamespace(**chosen, gram_folding=device_type == "cpu" or origin(chosen["expand"]) != "library")
+
+
+@functools.cache
+def _resolve_projection(dtype: torch.dtype, device_type: str) -> SimpleNamespace:
+    extension = backends.load("projection")
+    chosen = {name: getattr(extension, name) for name in _EXTENSION_ON_GPU}
+    return SimpleNamespace(**vars(_resolve(dtype, device_type, "auto")) | chosen | {"gram_folding": True})
+
+
+def _extension_on_gpu(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether the extension's CUDA kernels run there; on the meta device, which stands for a GPU, they do."""
+    if device_type == "meta":
+        return dtype in (torch.bfloat16, torch.float16)
+    return (
+        device_type == "cuda"
+        and backends.reason("projection") is None
+        and backends.offers("projection", "projection_gram", dtype, "cuda")
+    )
 
 
 def _preference(dtype: torch.dtype, device_type: str, backend: str) -> tuple[str, ...]:

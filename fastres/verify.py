@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -76,13 +76,15 @@ def _kernel_rows(device: torch.device) -> Iterator[Row]:
     reference = backends.load("reference")
     for case in cases.BY_NAME.values():
         for backend, reason in backends.available().items():
-            if reason is not None or not any(hasattr(backends.load(backend), name) for name in case.kernels):
+            if reason is not None:
                 continue
             k = SimpleNamespace(
                 **{name: getattr(backends.load(backend), name, getattr(reference, name)) for name in reference.__all__}
             )
             for dtype in DTYPES:
-                where = torch.device("cpu") if backend == "projection" else device
+                where = _place(backend, case.kernels, dtype, device)
+                if where is None:
+                    continue
                 t = case.make(cases.Maker(dtype, where), **case.sizes)
                 yield _row(
                     case.name,
@@ -92,6 +94,14 @@ def _kernel_rows(device: torch.device) -> Iterator[Row]:
                     stock=lambda case=case, t=t: case.stock(cases.copied(t)),
                     exact=lambda case=case, t=t: case.run(reference, cases.exact_inputs(t)),
                 )
+
+
+def _place(backend: str, kernels: Sequence[str], dtype: torch.dtype, device: torch.device) -> torch.device | None:
+    """Where a namespace has some of the kernels: on `device`, on a CPU, or nowhere."""
+    for place in (device, torch.device("cpu")):
+        if any(backends.offers(backend, kernel, dtype, place.type) for kernel in kernels):
+            return place
+    return None
 
 
 def _units() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:

@@ -1,6 +1,7 @@
 """Which launchers a plan holds."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_namespaces_offer_only_kernels_that_the_reference_defines():
     for name in backends.NAMESPACES[1:]:
         if name == "triton" and backends.reason("triton") is not None:
             continue
-        offered = set(backends.load(name).__all__) - {"available"}
+        offered = set(backends.load(name).__all__) - {"available", "cuda_available"}
         assert offered <= set(reference.__all__), name
 
 
@@ -94,6 +95,49 @@ def test_blocks_are_stored_on_a_gpu_where_expand_takes_several_passes(device, dt
     assert plan.resolve(dtype, torch.device(device), backend).gram_folding is folded
 
 
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    "channels, outputs, images, dtype, backend, folded",
+    [
+        (64, 256, 84, torch.bfloat16, "auto", True),
+        (256, 512, 42, torch.float16, "auto", True),
+        (64, 256, 83, torch.bfloat16, "auto", False),  # too few values to make up for the small matrices
+        (257, 512, 84, torch.bfloat16, "auto", False),  # too many channels for mma.sync
+        (64, 256, 84, torch.float32, "auto", False),
+        (64, 256, 84, torch.bfloat16, "library", False),
+        (64, 256, 84, torch.float32, "reference", True),
+    ],
+)
+def test_large_projections_of_few_channels_are_folded_by_the_extension_on_a_gpu(
+    channels, outputs, images, dtype, backend, folded
+):
+    x = torch.empty(images, 56, 56, channels, dtype=dtype, device="meta")
+    k = plan.resolve_projection(x, (images, 56, 56, outputs), backend)
+    assert k.gram_folding is folded
+    origin = "reference" if backend == "reference" else "projection" if folded else "library"
+    assert {plan.origin(getattr(k, name)) for name in PROJECTION} == {origin}
+    assert plan.origin(k.conv1x1) == ("reference" if backend == "reference" else "library")
+    assert set(plan.launchers(k)) == set(reference.__all__)
+
+
+def test_a_gpu_without_the_extensions_cuda_part_keeps_the_librarys_projection(monkeypatch):
+    x = SimpleNamespace(shape=(84, 56, 56, 64), dtype=torch.bfloat16, device=torch.device("cuda"))
+    reasons = {"triton": "no", "projection": None}
+    monkeypatch.setattr(backends, "reason", reasons.get)
+    extension = backends.load("projection")
+    for library_reason, cuda_reason, folded in ((None, None, True), (None, "no nvcc", False), ("not built", None, False)):
+        reasons["projection"] = library_reason
+        monkeypatch.setattr(extension, "cuda_available", lambda reason=cuda_reason: reason)
+        assert plan.resolve_projection(x, (84, 56, 56, 256)).gram_folding is folded
+
+
+def test_a_projection_on_a_cpu_has_the_plan_of_blocks():
+    x = torch.empty(1, 2, 2, 64)
+    assert plan.resolve_projection(x, (1, 2, 2, 256)) is plan.resolve(torch.float32, CPU)
+
+
 def test_the_environment_overrides_the_argument(monkeypatch):
     monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "reference")
     assert plan.resolve(torch.float32, CPU, "library").conv2d is reference.conv2d
@@ -104,7 +148,6 @@ def test_the_environment_overrides_the_argument(monkeypatch):
 
 def test_the_meta_device_stands_for_a_gpu():
     expected = "library" if importlib.util.find_spec("triton") is None else "triton"
-    meta = torch.device("meta")
-    assert plan.origins(torch.bfloat16, meta)["bn_act"] == expected
-    assert plan.origins(torch.bfloat16, meta, "library")["bn_act"] == "library"
-    assert set(plan.origins(torch.float64, meta).values()) == {"reference"}
+    assert plan.origins(torch.bfloat16, META)["bn_act"] == expected
+    assert plan.origins(torch.bfloat16, META, "library")["bn_act"] == "library"
+    assert set(plan.origins(torch.float64, META).values()) == {"reference"}

@@ -1,39 +1,65 @@
-"""ResNet-50's four projection shortcuts with their batch norm, forward and backward, which adds to dx.
+"""The projection shortcuts of ResNet-50 and ResNet-18, as wholes and kernel by kernel.
 
-The whole is compared with eager's convolution and batch norm and their autograd, the kernels one by one with eager's
-convolution alone.
+The baseline of a whole is eager's strided convolution, batch norm and, where there is one, residual add and ReLU, and
+their autograd; that of a single kernel is eager's convolution in the same direction alone.
 """
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fastres import cases
 from fastres.measure import eager, kernels
-from fastres.measure.shapes import BLOCKS
+from fastres.measure.shapes import PROJECTIONS
+
+LAYERS = [
+    pytest.param("resnet50 layer2", marks=pytest.mark.core("cuda")),
+    pytest.param("resnet50 layer3", marks=pytest.mark.core("cpu")),
+    *(name for name in PROJECTIONS if name not in ("resnet50 layer2", "resnet50 layer3")),
+]
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        pytest.param("layer2.0", marks=pytest.mark.core("cuda")),
-        pytest.param("layer3.0", marks=pytest.mark.core("cpu")),
-        *("layer1.0", "layer4.0"),
-    ],
-)
-def test_projection(layer, batch, dtype, device, measure):
-    block = BLOCKS[layer]
+def conv(stride):
+    return lambda t: eager.conv(t["x"], t["conv_weight"], stride)
 
-    def fprop(t):
-        return eager.conv(t["x"], t["conv_weight"], block.stride)
 
-    def backward(t, **wanted):
-        return eager.conv_backward(t["g"], t["x"], t["conv_weight"], block.stride, **wanted)
+def backward(stride, **wanted):
+    return lambda t: eager.conv_backward(t["g"], t["x"], t["conv_weight"], stride, **wanted)
 
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_with_batch_norm(layer, batch, dtype, device, measure):
+    """Forward and backward, Gram-folded, of the projection and its batch norm; the gradient is added to dx."""
+    projection = PROJECTIONS[layer]
+    stride = projection.stride
     single = {
-        "projection_fprop": fprop,
-        "projection_dgrad": lambda t: backward(t, wgrad=False),
-        "projection_wgrad": lambda t: backward(t, dgrad=False),
+        "projection_fprop": conv(stride),
+        "projection_dgrad": backward(stride, wgrad=False),
+        "projection_wgrad": backward(stride, dgrad=False),
     }
-    case = cases.BY_NAME[f"projection, stride {block.stride}"]
-    measure(kernels.experiments(case, dtype, device, block.shortcut(batch), eager=single))
+    case = cases.BY_NAME[f"projection, stride {stride}"]
+    measure(kernels.experiments(case, dtype, device, projection.sizes(batch), eager=single))
+
+
+@pytest.mark.parametrize("layer", [name for name, projection in PROJECTIONS.items() if projection.stride == 2])
+def test_between_two_relus(layer, batch, dtype, device, measure):
+    """With constant statistics; a residual and a ReLU behind the projection, the mask of a ReLU in front of it."""
+    case = cases.BY_NAME["projection, between two ReLUs"]
+    single = {
+        "projection_fprop, residual": conv(2),
+        "projection_dgrad, out": backward(2, wgrad=False),
+        "projection_wgrad, out": backward(2, dgrad=False),
+    }
+    measure(kernels.experiments(case, dtype, device, PROJECTIONS[layer].sizes(batch), eager=single))
+
+
+@pytest.mark.parametrize("layer", [name for name, projection in PROJECTIONS.items() if projection.stride == 2])
+def test_raw(layer, batch, dtype, device, measure):
+    """The raw output and its statistics; eager's batch norm also writes its output."""
+
+    def stock(t):
+        torch.native_batch_norm(conv(2)(t), None, None, None, None, True, 0.1, 1e-5)
+
+    case = cases.BY_NAME["projection, raw"]
+    measure(kernels.experiments(case, dtype, device, PROJECTIONS[layer].sizes(batch), stock=stock))

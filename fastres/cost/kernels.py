@@ -21,6 +21,7 @@ Arguments = dict[str, object]
 _STRIDED = {
     "conv1x1": ("x",),
     "conv1x1_wgrad": ("x",),
+    "projection_conv": ("x",),
     "projection_gram": ("x",),
     "projection_fprop": ("x",),
     "projection_wgrad": ("x",),
@@ -105,8 +106,9 @@ _FLOPS: dict[str, Callable[[Arguments, object], int]] = {
     "expand_wgrad": lambda t, r: 2 * _pixels(t["g"]) * r[0].numel(),
     "expand_dgrad": lambda t, r: _input_grad(t, _pixels(t["g"])),
     "projection_gram": lambda t, r: _square(_pixels(t["x"][:, :: t["stride"], :: t["stride"]]), t["x"].shape[-1]),
+    "projection_conv": lambda t, r: 2 * _pixels(r[0]) * t["weight"].numel(),
     "projection_fprop": lambda t, r: 2 * _pixels(r) * t["weight"].numel(),
-    "projection_wgrad": lambda t, r: 2 * _pixels(t["g"]) * r.numel(),
+    "projection_wgrad": lambda t, r: 2 * _pixels(t["g"]) * r[0].numel(),
     "projection_dgrad": lambda t, r: _input_grad(t, _pixels(t["g"])),
     "gram_finalize": _small_matrices,
     "gram_bwd": _small_matrices,

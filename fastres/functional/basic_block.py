@@ -83,7 +83,7 @@ def _backward(
         dw_p = grad_p = None
         if need_p:
             weight, stride = projection.conv.weight, projection.conv.stride
-            p = k.projection_wgrad(g, x, stride)
+            p, _ = k.projection_wgrad(g, x, stride, with_sum=False)
             # dbeta of the main branch: both batch norms end at the same ReLU and share g and its sum.
             dw_p, grad_p, u, v, c = k.gram_bwd(p, grad2[1], weight, projection.bn, rows2, *projection.moments)
             if need_x:

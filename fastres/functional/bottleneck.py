@@ -95,7 +95,7 @@ def _backward(
         dw_p = grad_p = None
         if need_x or projection.need:
             weight, stride = projection.conv.weight, projection.conv.stride
-            p = k.projection_wgrad(g, x, stride)
+            p, _ = k.projection_wgrad(g, x, stride, with_sum=False)
             dw_p, grad_p, u, v, c = k.gram_bwd(p, sum_g, weight, projection.bn, rows2, *projection.moments)
             if need_x:
                 k.projection_dgrad(dx, g, x, u, v, c, stride)

@@ -2,11 +2,12 @@
 
 Source: He et al. (2015), section 3.3, options B and C. Inside a block it is part of the block's operator; this unit
 serves networks that keep the shortcut apart. Gram-folded, nothing of the output's size is saved for backward; in the
-stored form, the raw conv output is (`_residual.py` says when).
+stored form, the raw conv output is. `plan.resolve_projection` says when.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,15 +30,16 @@ class Config(NamedTuple):
 def _forward(
     x: Tensor, weight: Tensor, bns: list[BatchNormParams], geometry: list[int], backend: str
 ) -> tuple[Tensor | None, ...]:
-    k = plan.resolve(x.dtype, x.device, backend)
     (stride,) = geometry
+    shape = _output_shape(x, weight, stride)
+    k = plan.resolve_projection(x, shape, backend)
     w = weight.flatten(1)
     if not k.gram_folding:
         y, _ = k.conv1x1(x, w, stride, False)
         bn = finalize(k, bns[0], k.channel_stats(y) if bns[0].batch_stats else None, x.dtype)
         return k.bn_act(y, bn, relu=False), y, bn, None, None
-    n, ho, wo, _ = _output_shape(x, weight, stride)
-    bn, mean, scatter = fold(k, bns[0], k.projection_gram(x, stride) if bns[0].batch_stats else None, n * ho * wo, w)
+    moments = k.projection_gram(x, stride) if bns[0].batch_stats else None
+    bn, mean, scatter = fold(k, bns[0], moments, math.prod(shape[:3]), w)
     return k.projection_fprop(x, w, bn, stride), None, bn, mean, scatter
 
 
@@ -55,15 +57,15 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor | None, ...]:
     """dx, dW (in acc) and `grad` `[4, K]`; needs: x, weight, gamma or beta. y: None from the Gram-folded form."""
-    k = plan.resolve(x.dtype, x.device, backend)
+    k = plan.resolve_projection(x, g.shape, backend)
     (stride,) = geometry
     need_x, need_w, need_bn = needs
     w = weight.flatten(1)
     rows = g.shape[:3].numel()
     dx = dw = grad = None
     if y is None:
-        p = k.projection_wgrad(g, x, stride)
-        dw, grad, u, v, c = k.gram_bwd(p, g.sum((0, 1, 2), dtype=bn.dtype), w, bn, rows, mean, scatter)
+        p, sum_g = k.projection_wgrad(g, x, stride)
+        dw, grad, u, v, c = k.gram_bwd(p, sum_g, w, bn, rows, mean, scatter)
         if need_x:
             dx = torch.zeros_like(x)
             k.projection_dgrad(dx, g, x, u, v, c, stride)
@@ -87,9 +89,10 @@ def _output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
 
 def _forward_fake(x, weight, bns, geometry, backend):
     c = x.shape[3]
-    out = x.new_empty(_output_shape(x, weight, *geometry))
+    shape = _output_shape(x, weight, *geometry)
+    out = x.new_empty(shape)
     bn = x.new_empty(4, weight.shape[0], dtype=acc_dtype(x.dtype))
-    if not plan.resolve(x.dtype, x.device, backend).gram_folding:
+    if not plan.resolve_projection(x, shape, backend).gram_folding:
         return out, torch.empty_like(out), bn, None, None
     moments = (bn.new_empty(c), bn.new_empty(c, c)) if bns[0].batch_stats else (None, None)
     return out, None, bn, *moments

@@ -65,15 +65,14 @@ class Call(NamedTuple):
     work: Work
 
 
-def namespaces(kernels: Sequence[str], device: torch.device) -> list[str]:
-    """Those that have one of the kernels and can run on the device; the reference only where it is the only one."""
+def namespaces(kernels: Sequence[str], dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Those that have one of the kernels and can run there; the reference only where it is the only one."""
     found = [
         name
         for name, unavailable in backends.available().items()
         if name != "reference"
         and unavailable is None
-        and not (name == "projection" and device.type != "cpu")
-        and any(hasattr(backends.load(name), kernel) for kernel in kernels)
+        and any(backends.offers(name, kernel, dtype, device.type) for kernel in kernels)
     ]
     return found or ["reference"]
 
@@ -150,7 +149,7 @@ def experiments(
             f"fastres {backend}": _variant(
                 _over(items, ours(launchers(backend))), work, backend, functools.partial(verdict, backend)
             )
-            for backend in namespaces(kernels, device)
+            for backend in namespaces(kernels, dtype, device)
         }
         if baseline is not None:
             variants["eager"] = _variant(_over(sets, baseline), least_work(baseline, sets[0], work))

@@ -1,4 +1,4 @@
-"""The shapes that are measured: ResNet-50's, at 224x224."""
+"""The shapes that are measured: those of ResNet-50 and, where they differ in kind, ResNet-18, at 224x224."""
 
 from __future__ import annotations
 
@@ -30,10 +30,6 @@ class Block(NamedTuple):
         """The last 1x1 conv."""
         return {"n": n, "h": self.out_size, "w": self.out_size, "k": self.width, "c": 4 * self.width}
 
-    def shortcut(self, n: int) -> dict[str, int]:
-        """The projection of a stage's first block."""
-        return {"n": n, "h": self.size, "w": self.size, "c": self.channels, "k": 4 * self.width}
-
 
 BLOCKS = {
     "layer1.0": Block(56, 64, 64),
@@ -46,6 +42,30 @@ BLOCKS = {
     "layer4.1": Block(7, 2048, 512),
 }
 """One block of each kind; the later ones of a stage are like its second."""
+
+
+class Projection(NamedTuple):
+    """A projection shortcut. size: height and width of its input."""
+
+    size: int
+    channels: int
+    out_channels: int
+    stride: int = 2
+
+    def sizes(self, n: int) -> dict[str, int]:
+        return {"n": n, "h": self.size, "w": self.size, "c": self.channels, "k": self.out_channels}
+
+
+PROJECTIONS = {
+    "resnet50 layer1": Projection(56, 64, 256, 1),
+    "resnet50 layer2": Projection(56, 256, 512),
+    "resnet50 layer3": Projection(28, 512, 1024),
+    "resnet50 layer4": Projection(14, 1024, 2048),
+    "resnet18 layer2": Projection(56, 64, 128),
+    "resnet18 layer3": Projection(28, 128, 256),
+    "resnet18 layer4": Projection(14, 256, 512),
+}
+"""Of each stage's first block."""
 
 STEM = {"h": 224, "w": 224, "c": 3, "k": 64, "r": 7, "s": 7}
 """Its conv."""

@@ -10,7 +10,7 @@ from .conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
 from .conv3x3 import conv3x3, conv3x3_dgrad, conv3x3_wgrad
 from .expand import expand, expand_dgrad, expand_wgrad
 from .gram import gram
-from .projection import projection_dgrad, projection_fprop, projection_gram, projection_wgrad
+from .projection import projection_conv, projection_dgrad, projection_fprop, projection_gram, projection_wgrad
 from .stem import stem_pool
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "expand_dgrad",
     "expand_wgrad",
     "gram",
+    "projection_conv",
     "projection_dgrad",
     "projection_fprop",
     "projection_gram",

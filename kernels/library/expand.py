@@ -22,9 +22,12 @@ def expand_wgrad(g: Tensor, out: Tensor, y: Tensor, bn: Tensor) -> tuple[Tensor,
 
 
 def input_grad(g: Tensor, a: Tensor, u: Tensor, v: Tensor | None, k: Tensor | None) -> Tensor:
-    """g u + a v + k of rows g `[M, C]` and a `[M, K]`, in g's dtype."""
+    """g u + a v + k of rows g `[M, C]` and a `[M, K]`, in g's dtype; v and k may be None."""
     if v is None:
-        return g @ u.to(g.dtype)
+        da = g @ u.to(g.dtype)
+        return da if k is None else da.add_(k)
+    if k is None:
+        k = u.new_zeros(u.shape[1])
     if v.dtype != g.dtype:  # float16: v underflows in it
         return (g @ u.to(g.dtype) + (a.to(v.dtype) @ v + k)).to(g.dtype)
     return torch.addmm(k.to(g.dtype), g, u).addmm_(a, v)

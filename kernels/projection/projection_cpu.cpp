@@ -4,7 +4,7 @@
 //   column products  D[i, j] = sum_m A[m, i] B[m, j]   wgrad (A = g, B = x_s), Gram (A = B = x_s - pivot)
 //
 // Both pack their operands into panels, [depth][tile_rows] and [depth][tile_columns], in the accumulation type; the
-// strided pixels are gathered, bfloat16 widened and the pivot subtracted there. One micro-kernel then holds a
+// strided pixels are gathered, g masked, bfloat16 widened and the pivot subtracted. One micro-kernel then holds a
 // tile_rows x tile_columns tile in registers over the whole depth.
 //
 // The file is compiled once per instruction set, FASTRES_ISA naming the namespace. Everything but the table is in an
@@ -72,6 +72,12 @@ inline void narrow(float value, bfloat16& result) {  // to nearest even; NaN sta
   result.bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
 }
 
+// value where a ReLU lets z, its input or output, pass, else 0. NaN passes.
+template <class A, class Z>
+inline A masked(A value, Z z) {
+  return widen(z) <= 0 ? A(0) : value;
+}
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -104,17 +110,18 @@ void in_parallel(ParallelFor parallel_for, int64_t tasks, const F& body) {
   if (tasks > 0) parallel_for(tasks, call, const_cast<F*>(&body));
 }
 
-// A matrix whose rows are pixels: all pixels of a dense tensor (stride 1 over n = 1, h = 1) or the strided ones of x.
+// A matrix whose rows are pixels: the strided ones of [N, H, W, C], or all of [N, Ho, Wo, K], which may have a mask of
+// the same sizes, not null then.
 template <class T>
-struct Pixels {
-  const T* data;
+struct Matrix {
+  const T *data, *mask;
   int64_t channels, h, w, stride, out_h, out_w;
 
-  static Pixels strided(const void* x, const Shape& s) {
-    return {static_cast<const T*>(x), s.c, s.h, s.w, s.stride, s.out_h(), s.out_w()};
+  static Matrix strided(const void* x, const Shape& s) {
+    return {static_cast<const T*>(x), nullptr, s.c, s.h, s.w, s.stride, s.out_h(), s.out_w()};
   }
-  static Pixels dense(const void* g, const Shape& s) {
-    return {static_cast<const T*>(g), s.k, s.out_h(), s.out_w(), 1, s.out_h(), s.out_w()};
+  static Matrix dense(const void* g, const void* out, const Shape& s) {
+    return {static_cast<const T*>(g), static_cast<const T*>(out), s.k, s.out_h(), s.out_w(), 1, s.out_h(), s.out_w()};
   }
   // Pointers to `count` consecutive rows from row `first` on.
   void rows(int64_t first, int64_t count, const T** pointers) const {
@@ -127,18 +134,28 @@ struct Pixels {
       }
     }
   }
+  // Pointers to the mask's rows beside those that rows() gave, or null where there is none.
+  const T* const* masks(const T* const* rows, int64_t count, const T** pointers) const {
+    for (int64_t row = 0; mask && row < count; ++row) pointers[row] = mask + (rows[row] - data);
+    return mask ? pointers : nullptr;
+  }
 };
 
-// panel[depth][width] from `count` rows of `depth` elements; rows past count are zero. Sixteen elements of a row at a
-// time: rows a power of two apart share cache sets, and a line must be used up before the next row evicts it.
+// panel[depth][width] from `count` rows of `depth` elements, masked where masks is not null; rows past count are zero.
+// Sixteen elements of a row at a time: rows a power of two apart share cache sets, and a line must be used up before
+// the next row evicts it.
 template <int width, class T, class A>
-void pack_rows(const T* const* rows, int64_t count, int64_t depth, A* __restrict panel) {
+void pack_rows(const T* const* rows, const T* const* masks, int64_t count, int64_t depth, A* __restrict panel) {
   for (int64_t k0 = 0; k0 < depth; k0 += 16) {
     int64_t k1 = smaller(k0 + 16, depth);
     for (int64_t row = 0; row < width; ++row) {
       if (row < count) {
         const T* source = rows[row];
-        for (int64_t k = k0; k < k1; ++k) panel[k * width + row] = widen(source[k]);
+        if (masks) {
+          for (int64_t k = k0; k < k1; ++k) panel[k * width + row] = masked(widen(source[k]), masks[row][k]);
+        } else {
+          for (int64_t k = k0; k < k1; ++k) panel[k * width + row] = widen(source[k]);
+        }
       } else {
         for (int64_t k = k0; k < k1; ++k) panel[k * width + row] = 0;
       }
@@ -146,11 +163,12 @@ void pack_rows(const T* const* rows, int64_t count, int64_t depth, A* __restrict
   }
 }
 
-// Panels [depth][width], `stride` elements apart, from some columns of `depth` rows, less shift[column] where shift is
-// not null; columns beyond the range are zero. Eight rows at a time, for the reason given at pack_rows.
+// Panels [depth][width], `stride` elements apart, from some columns of `depth` rows, masked where masks is not null,
+// less shift[column] where shift is not null; columns beyond the range are zero. Eight rows at a time, for the reason
+// given at pack_rows.
 template <int width, class T, class A>
-void pack_columns(const T* const* rows, int64_t depth, Range columns, const A* shift, A* __restrict panels,
-                  int64_t stride) {
+void pack_columns(const T* const* rows, const T* const* masks, int64_t depth, Range columns, const A* shift,
+                  A* __restrict panels, int64_t stride) {
   for (int64_t k0 = 0; k0 < depth; k0 += 8) {
     int64_t k1 = smaller(k0 + 8, depth);
     A* panel = panels;
@@ -161,7 +179,12 @@ void pack_columns(const T* const* rows, int64_t depth, Range columns, const A* s
       for (int64_t k = k0; k < k1; ++k) {
         const T* source = rows[k] + column;
         A* target = panel + k * width;
-        if (count >= width) {
+        if (masks) {
+          const T* mask = masks[k] + column;
+          int some = static_cast<int>(smaller(count, width));
+          for (int i = 0; i < some; ++i) target[i] = masked(widen(source[i]), mask[i]) - offset[i];
+          for (int i = some; i < width; ++i) target[i] = 0;
+        } else if (count >= width) {
           for (int i = 0; i < width; ++i) target[i] = widen(source[i]) - offset[i];
         } else {
           for (int i = 0; i < width; ++i) target[i] = i < count ? widen(source[i]) - offset[i] : A(0);
@@ -198,7 +221,7 @@ inline void multiply(const A* a, const A* b, int64_t depth, A* __restrict tile) 
 // Row products: result(first_row, rows, first_column, columns, tile) for every tile of [a0 | a1] b. a1 may be null; b
 // is packed in panels of tile_columns, its depth the channels of a0 and a1 together.
 template <class T, class A, class Result>
-void row_products(const Pixels<T>& a0, const Pixels<T>* a1, int64_t rows, const A* b, int64_t columns,
+void row_products(const Matrix<T>& a0, const Matrix<T>* a1, int64_t rows, const A* b, int64_t columns,
                   ParallelFor parallel_for, const Result& result) {
   constexpr int width = tile_columns<A>;
   int64_t depth = a0.channels + (a1 ? a1->channels : 0);
@@ -213,13 +236,14 @@ void row_products(const Pixels<T>& a0, const Pixels<T>* a1, int64_t rows, const 
     for (int64_t task = begin; task < end; ++task) {
       int64_t first = task / column_tasks * task_rows, count = smaller(task_rows, rows - first);
       for (int64_t row = 0; row < count; row += tile_rows) {
-        const T* pointers[tile_rows];
+        const T *pointers[tile_rows], *masks[tile_rows];
         int64_t some = smaller(tile_rows, count - row);
         a0.rows(first + row, some, pointers);
-        pack_rows<tile_rows>(pointers, some, a0.channels, packed + row * depth);
+        pack_rows<tile_rows>(pointers, a0.masks(pointers, some, masks), some, a0.channels, packed + row * depth);
         if (!a1) continue;
         a1->rows(first + row, some, pointers);
-        pack_rows<tile_rows>(pointers, some, a1->channels, packed + row * depth + a0.channels * tile_rows);
+        pack_rows<tile_rows>(pointers, a1->masks(pointers, some, masks), some, a1->channels,
+                             packed + row * depth + a0.channels * tile_rows);
       }
       int64_t first_panel = task % column_tasks * task_panels;
       for (int64_t panel = first_panel; panel < smaller(first_panel + task_panels, panels); ++panel) {
@@ -244,38 +268,39 @@ struct Splits {
   Range operator[](int64_t split) const { return Range::piece(split, rows, all_rows); }
 };
 
-// sums[i, j] of one block, over a range of rows, columns i of a and j of b; row i starts at sums + i * ld. shift, where
-// not null, is subtracted from both. totals, where not null, receives b's column sums, and tiles below the diagonal are
-// left 0.
+// sums[i, j] of one block, over a range of rows, columns i of a and j of b; row i starts at sums + i * ld. With `upper`
+// tiles below the diagonal are left 0. shift, where not null, is subtracted from both. totals, where not null, receives
+// a's column sums.
 template <class T, class A>
-void column_block(const Pixels<T>& a, const Pixels<T>& b, Range rows, Range i, Range j, const A* shift, A* sums,
-                  int64_t ld, A* totals, A* packed_a, A* packed_b) {
+void column_block(const Matrix<T>& a, const Matrix<T>& b, Range rows, Range i, Range j, bool upper, const A* shift,
+                  A* sums, int64_t ld, A* totals, A* packed_a, A* packed_b) {
   constexpr int width = tile_columns<A>;
-  const T* pointers[slice];
+  const T *pointers[slice], *masks[slice];
   alignas(64) A tile[tile_rows * width];
   for (int64_t row = i.begin; row < i.end; ++row) {
     for (int64_t column = j.begin; column < j.end; ++column) sums[row * ld + column] = 0;
+    if (totals) totals[row] = 0;
   }
-  for (int64_t column = j.begin; totals && column < j.end; ++column) totals[column] = 0;
   int64_t step = divide_up(rows.size(), larger(1, divide_up(rows.size(), slice)));
   for (int64_t first = rows.begin; first < rows.end; first += step) {
     int64_t depth = smaller(step, rows.end - first);
     a.rows(first, depth, pointers);
-    pack_columns<tile_rows>(pointers, depth, i, shift, packed_a, tile_rows * slice);
+    pack_columns<tile_rows>(pointers, a.masks(pointers, depth, masks), depth, i, shift, packed_a, tile_rows * slice);
     b.rows(first, depth, pointers);
-    pack_columns<width>(pointers, depth, j, shift, packed_b, width * slice);
+    pack_columns<width>(pointers, b.masks(pointers, depth, masks), depth, j, shift, packed_b, width * slice);
+    for (int64_t row = i.begin; totals && row < i.end; row += tile_rows) {
+      const A* panel = packed_a + (row - i.begin) * slice;
+      A sum[tile_rows] = {};
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int r = 0; r < tile_rows; ++r) sum[r] += panel[k * tile_rows + r];
+      }
+      for (int64_t r = 0; r < smaller(tile_rows, i.end - row); ++r) totals[row + r] += sum[r];
+    }
     for (int64_t column = j.begin; column < j.end; column += width) {
       const A* panel = packed_b + (column - j.begin) * slice;
       int64_t columns = smaller(width, j.end - column);
-      if (totals) {
-        A sum[width] = {};
-        for (int64_t k = 0; k < depth; ++k) {
-          for (int c = 0; c < width; ++c) sum[c] += panel[k * width + c];
-        }
-        for (int64_t c = 0; c < columns; ++c) totals[column + c] += sum[c];
-      }
       for (int64_t row = i.begin; row < i.end; row += tile_rows) {
-        if (totals && column + width <= row) continue;
+        if (upper && column + width <= row) continue;
         multiply<A>(packed_a + (row - i.begin) * slice, panel, depth, tile);
         for (int64_t r = 0; r < smaller(tile_rows, i.end - row); ++r) {
           A* out = sums + (row + r) * ld + column;
@@ -303,7 +328,7 @@ template <class T>
 void gram(const Shape& s, const void* x, void* gram_out, void* total_out, void* pivot_out, ParallelFor parallel_for) {
   using A = accumulator<T>;
   A *gram = static_cast<A*>(gram_out), *total = static_cast<A*>(total_out), *pivot = static_cast<A*>(pivot_out);
-  auto pixels = Pixels<T>::strided(x, s);
+  auto pixels = Matrix<T>::strided(x, s);
   int64_t rows = s.rows(), c = s.c;
   const T* leading[64];
   int64_t count = smaller(64, rows);
@@ -322,9 +347,9 @@ void gram(const Shape& s, const void* x, void* gram_out, void* total_out, void* 
       int64_t split = task / pairs, i = 0, j = task % pairs;
       while (j >= blocks - i) j -= blocks - i, ++i;  // pairs with j >= i, row by row
       j += i;
-      column_block<T, A>(pixels, pixels, splits[split], Range::piece(i, block, c), Range::piece(j, block, c), pivot,
-                         splits.count > 1 ? parts + split * c * c : gram, c, i == j ? totals + split * c : nullptr,
-                         packed_a, packed_b);
+      column_block<T, A>(pixels, pixels, splits[split], Range::piece(i, block, c), Range::piece(j, block, c), i == j,
+                         pivot, splits.count > 1 ? parts + split * c * c : gram, c,
+                         i == j ? totals + split * c : nullptr, packed_a, packed_b);
     }
   });
   if (splits.count > 1) combine<A>(parts, splits.count, c * c, gram, parallel_for);
@@ -341,10 +366,11 @@ void gram(const Shape& s, const void* x, void* gram_out, void* total_out, void* 
 }
 
 template <class T>
-void fprop(const Shape& s, const void* x, const void* weight, const void* bn, void* out_, ParallelFor parallel_for) {
+void fprop(const Shape& s, const void* x, const void* weight, const void* bn, const void* residual, bool relu,
+           void* out_, ParallelFor parallel_for) {
   using A = accumulator<T>;
   constexpr int width = tile_columns<A>;
-  const T* w = static_cast<const T*>(weight);
+  const T *w = static_cast<const T*>(weight), *added = static_cast<const T*>(residual);
   T* out = static_cast<T*>(out_);
   const A *scale = static_cast<const A*>(bn) + 2 * s.k, *shift = scale + s.k;
   Buffer<A> packed(divide_up(s.k, width) * width * s.c);
@@ -353,46 +379,53 @@ void fprop(const Shape& s, const void* x, const void* weight, const void* bn, vo
       const T* rows[width];
       int64_t count = smaller(width, s.k - panel * width);
       for (int64_t i = 0; i < count; ++i) rows[i] = w + (panel * width + i) * s.c;
-      pack_rows<width>(rows, count, s.c, packed + panel * width * s.c);
+      pack_rows<width>(rows, static_cast<const T* const*>(nullptr), count, s.c, packed + panel * width * s.c);
     }
   });
-  row_products<T, A>(Pixels<T>::strided(x, s), nullptr, s.rows(), packed, s.k, parallel_for,
+  row_products<T, A>(Matrix<T>::strided(x, s), nullptr, s.rows(), packed, s.k, parallel_for,
                      [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const A* tile) {
                        for (int64_t r = 0; r < rows; ++r) {
-                         T* to = out + (row + r) * s.k + column;
+                         A values[width];
                          for (int64_t c = 0; c < columns; ++c)
-                           narrow(scale[column + c] * tile[r * width + c] + shift[column + c], to[c]);
+                           values[c] = scale[column + c] * tile[r * width + c] + shift[column + c];
+                         int64_t first = (row + r) * s.k + column;
+                         for (int64_t c = 0; added && c < columns; ++c) values[c] += widen(added[first + c]);
+                         for (int64_t c = 0; relu && c < columns; ++c) values[c] = masked(values[c], values[c]);
+                         for (int64_t c = 0; c < columns; ++c) narrow(values[c], out[first + c]);
                        }
                      });
 }
 
 template <class T>
-void wgrad(const Shape& s, const void* g, const void* x, void* p_, ParallelFor parallel_for) {
+void wgrad(const Shape& s, const void* g, const void* x, const void* out, void* p_, void* sum_,
+           ParallelFor parallel_for) {
   using A = accumulator<T>;
-  A* p = static_cast<A*>(p_);
-  auto a = Pixels<T>::dense(g, s), b = Pixels<T>::strided(x, s);
-  int64_t down = divide_up(s.k, block), across = divide_up(s.c, wide_block), size = s.k * s.c;
+  A *p = static_cast<A*>(p_), *sum = static_cast<A*>(sum_);
+  auto a = Matrix<T>::dense(g, out, s), b = Matrix<T>::strided(x, s);
+  // Sums come with the first columns of x; without channels there are none, and g is multiplied by nothing.
+  int64_t down = divide_up(s.k, block), across = larger(1, divide_up(s.c, wide_block)), size = s.k * s.c;
   Splits splits(s.rows(), down * across);
-  Buffer<A> parts(splits.count > 1 ? splits.count * size : 0);
+  Buffer<A> parts(splits.count > 1 ? splits.count * size : 0), sums(sum ? splits.count * s.k : 0);
   in_parallel(parallel_for, splits.count * down * across, [&](int64_t begin, int64_t end) {
     Buffer<A> packed_a(slice * block), packed_b(slice * wide_block);
     for (int64_t task = begin; task < end; ++task) {
       int64_t split = task / (down * across);
       Range i = Range::piece(task / across % down, block, s.k), j = Range::piece(task % across, wide_block, s.c);
-      column_block<T, A>(a, b, splits[split], i, j, nullptr, splits.count > 1 ? parts + split * size : p, s.c, nullptr,
-                         packed_a, packed_b);
+      column_block<T, A>(a, b, splits[split], i, j, false, nullptr, splits.count > 1 ? parts + split * size : p, s.c,
+                         sum && j.begin == 0 ? sums + split * s.k : nullptr, packed_a, packed_b);
     }
   });
   if (splits.count > 1) combine<A>(parts, splits.count, size, p, parallel_for);
+  if (sum) combine<A>(sums, splits.count, s.k, sum, parallel_for);
 }
 
 template <class T>
 void dgrad(const Shape& s, void* dx_, const void* g, const void* x, const void* u, const void* v, const void* k,
-           ParallelFor parallel_for) {
+           const void* out, bool relu, ParallelFor parallel_for) {
   using A = accumulator<T>;
   constexpr int width = tile_columns<A>;
   const A* bias = static_cast<const A*>(k);
-  auto from = Pixels<T>::strided(x, s), to = Pixels<T>::strided(dx_, s);
+  auto from = Matrix<T>::strided(x, s), to = Matrix<T>::strided(dx_, s);
   int64_t depth = s.k + (v ? s.c : 0);
   Buffer<A> packed(divide_up(s.c, width) * width * depth);
   in_parallel(parallel_for, divide_up(s.c, width), [&](int64_t begin, int64_t end) {
@@ -404,32 +437,38 @@ void dgrad(const Shape& s, void* dx_, const void* g, const void* x, const void* 
           int64_t row = first + i;
           rows[i] = row < s.k ? static_cast<const T*>(u) + row * s.c : static_cast<const T*>(v) + (row - s.k) * s.c;
         }
-        pack_columns<width, T, A>(rows, count, Range::piece(panel, width, s.c), nullptr,
+        pack_columns<width, T, A>(rows, nullptr, count, Range::piece(panel, width, s.c), nullptr,
                                   packed + (panel * depth + first) * width, 0);
       }
     }
   });
-  row_products<T, A>(Pixels<T>::dense(g, s), v ? &from : nullptr, s.rows(), packed, s.c, parallel_for,
+  row_products<T, A>(Matrix<T>::dense(g, out, s), v ? &from : nullptr, s.rows(), packed, s.c, parallel_for,
                      [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const A* tile) {
-                       const T* pointers[tile_rows];
+                       const T *pointers[tile_rows], *inputs[tile_rows];
                        to.rows(row, rows, pointers);
+                       if (relu) from.rows(row, rows, inputs);
                        for (int64_t r = 0; r < rows; ++r) {
                          T* pixel = const_cast<T*>(pointers[r]) + column;
+                         A values[width];
                          for (int64_t c = 0; c < columns; ++c) {
                            A sum = tile[r * width + c] + (bias ? bias[column + c] : A(0));
-                           narrow(widen(pixel[c]) + sum, pixel[c]);
+                           values[c] = widen(pixel[c]) + sum;
                          }
+                         for (int64_t c = 0; relu && c < columns; ++c)
+                           values[c] = masked(values[c], inputs[r][column + c]);
+                         for (int64_t c = 0; c < columns; ++c) narrow(values[c], pixel[c]);
                        }
                      });
 }
 
-#define FASTRES_BY_DTYPE(name)                                         \
-  [](Dtype dtype, const Shape& shape, auto... arguments) {             \
-    switch (dtype) {                                                   \
-      case Dtype::float32: return name<float>(shape, arguments...);    \
-      case Dtype::float64: return name<double>(shape, arguments...);   \
+#define FASTRES_BY_DTYPE(name)                                          \
+  [](Dtype dtype, const Shape& shape, auto... arguments) {              \
+    switch (dtype) {                                                    \
+      case Dtype::float32: return name<float>(shape, arguments...);     \
+      case Dtype::float64: return name<double>(shape, arguments...);    \
       case Dtype::bfloat16: return name<bfloat16>(shape, arguments...); \
-    }                                                                  \
+      case Dtype::float16: return; /* arguments.h refuses it */         \
+    }                                                                   \
   }
 
 }  // namespace

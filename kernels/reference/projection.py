@@ -1,13 +1,16 @@
-"""The projection shortcut: a strided 1x1 conv with its BN, Gram-folded, as one GEMM over gathered pixels.
+"""The projection shortcut: a strided 1x1 conv with its BN as a GEMM over gathered pixels.
 
-Source: He et al. (2015), section 3.3, shortcut option B. x_s = x[:, ::stride, ::stride] is what the conv reads.
+Source: He et al. (2015), section 3.3, shortcut option B. x_s = x[:, ::stride, ::stride] is what the conv reads, M its
+pixels. Gram-folded, statistics follow from `projection_gram`, and `projection_fprop` ends with the BN; stored,
+`projection_conv` writes the raw output.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ._common import acc, rows, strided_pixels
+from ._common import acc, masked, rows, strided_pixels
+from .batch_norm import ChannelStats, channel_stats
 from .gram import Gram, gram_of_rows
 
 
@@ -16,25 +19,58 @@ def projection_gram(x: Tensor, stride: int) -> Gram:
     return gram_of_rows(rows(strided_pixels(x, stride)))
 
 
-def projection_fprop(x: Tensor, weight: Tensor, bn: Tensor, stride: int) -> Tensor:
-    """scale*(x_s W^T) + shift, `[N, Ho, Wo, K]`; weight `[K, C]`, bn `[4, K]`. Rounded once to x's dtype."""
-    return (acc(strided_pixels(x, stride)) @ acc(weight).T * bn[2] + bn[3]).to(x.dtype)
+def projection_fprop(
+    x: Tensor, weight: Tensor, bn: Tensor, stride: int, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """scale*(x_s W^T) + shift (+ residual) (through a ReLU), `[N, Ho, Wo, K]`, rounded once to x's dtype.
+
+    weight W `[K, C]`, bn `[4, K]`, residual `[N, Ho, Wo, K]`.
+    """
+    out = acc(strided_pixels(x, stride)) @ acc(weight).T * bn[2] + bn[3]
+    if residual is not None:
+        out += residual
+    return (out.relu_() if relu else out).to(x.dtype)
 
 
-def projection_wgrad(g: Tensor, x: Tensor, stride: int) -> Tensor:
-    """P = g^T x_s, `[K, C]` in acc; g `[N, Ho, Wo, K]`."""
-    return rows(acc(g)).T @ rows(acc(strided_pixels(x, stride)))
+def projection_conv(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, ChannelStats]:
+    """y `[N, Ho, Wo, K]` = x_s W^T, rounded once to x's dtype, and the statistics of the rounded y."""
+    y = (acc(strided_pixels(x, stride)) @ acc(weight).T).to(x.dtype)
+    return y, channel_stats(y)
+
+
+def projection_wgrad(
+    g: Tensor, x: Tensor, stride: int, out: Tensor | None = None, with_sum: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """P = g'^T x_s, `[K, C]`, and sum g', `[K]` (None without `with_sum`), in acc.
+
+    g `[N, Ho, Wo, K]`; g' is g masked by the ReLU of out `[N, Ho, Wo, K]`, or g where there is no out.
+    """
+    g = rows(acc(g if out is None else masked(g, out)))
+    return g.T @ rows(acc(strided_pixels(x, stride))), g.sum(0) if with_sum else None
 
 
 def projection_dgrad(
-    dx: Tensor, g: Tensor, x: Tensor, u: Tensor, v: Tensor | None, k: Tensor | None, stride: int
+    dx: Tensor,
+    g: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor | None,
+    k: Tensor | None,
+    stride: int,
+    out: Tensor | None = None,
+    relu: bool = False,
 ) -> None:
-    """Add g u + x_s v + k to the strided pixels of dx `[N, H, W, C]`, in place.
+    """Add g' u + x_s v + k to the strided pixels of dx `[N, H, W, C]`, in place, rounded once to dx's dtype.
 
-    g `[N, Ho, Wo, K]`; u `[K, C]`, v `[C, C]`, k `[C]` from `gram_bwd` (v and k None for constant statistics).
+    g, g' and out as in `projection_wgrad`; u `[K, C]`, v `[C, C]`, k `[C]` from `gram_bwd` (v and k None for constant
+    statistics). relu: mask these pixels of dx by the ReLU that gave x, for a block before this one that expects its
+    gradient so.
     """
-    da = acc(g) @ acc(u)
+    added = acc(g if out is None else masked(g, out)) @ acc(u)
     if v is not None:
-        da += acc(strided_pixels(x, stride)) @ acc(v) + k
+        added += acc(strided_pixels(x, stride)) @ acc(v)
+    if k is not None:
+        added += k
     pixels = strided_pixels(dx, stride)
-    pixels.copy_(acc(pixels) + da)
+    added += acc(pixels)
+    pixels.copy_(masked(added, strided_pixels(x, stride)) if relu else added)

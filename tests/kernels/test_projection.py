@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastres.kernels import projection, reference
+from fastres.kernels.projection import hopper
 from fastres.numerics import assert_three_way, relative_error
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -52,7 +53,10 @@ class Inputs:
         spread = torch.logspace(-1, 1, c, dtype=torch.float64)
         self.stride = stride
         self.x = (mean + spread * normal(n, h, w, c)).to(dtype)
-        self.g = normal(*self.x[:, ::stride, ::stride].shape[:3], k).to(dtype)
+        self.g, self.residual, self.out = (
+            normal(*self.x[:, ::stride, ::stride].shape[:3], k).to(dtype) for _ in range(3)
+        )
+        self.out = self.out.relu()
         self.weight = normal(k, c).to(dtype)
         self.bn = normal(4, k).to(acc(dtype))
         self.dx = normal(n, h, w, c).to(dtype)
@@ -62,7 +66,17 @@ class Inputs:
 
 def xs(t):
     """The strided pixels as rows, float64."""
-    return t.x[:, :: t.stride, :: t.stride].double().flatten(0, 2)
+    return rows(t.x[:, :: t.stride, :: t.stride])
+
+
+def rows(t):
+    """`[N, H, W, C]` as rows, float64."""
+    return t.double().flatten(0, 2)
+
+
+def masked(g, z):
+    """g where a ReLU lets z pass."""
+    return g.masked_fill(z <= 0, 0)
 
 
 def within(ours, exact, magnitudes, additions, dtype):
@@ -106,36 +120,51 @@ class TestDefinition:
         within(moments.total, centred.sum(0), centred.abs().sum(0), len(rows), acc(dtype))
         assert torch.equal(moments.gram, moments.gram.T)
 
-    def test_fprop(self, dtype, shape, stride):
+    @pytest.mark.parametrize("with_residual, relu", [(False, False), (False, True), (True, True)])
+    def test_fprop(self, dtype, shape, stride, with_residual, relu):
         t = Inputs(dtype, shape, stride)
-        out = projection.projection_fprop(t.x, t.weight, t.bn, stride)
+        out = projection.projection_fprop(t.x, t.weight, t.bn, stride, t.residual if with_residual else None, relu)
         assert out.dtype == dtype and out.shape == t.g.shape and out.is_contiguous()
         scale, shift = t.bn[2].double(), t.bn[3].double()
         exact = xs(t) @ t.weight.double().T * scale + shift
         magnitudes = xs(t).abs() @ t.weight.double().abs().T * scale.abs() + shift.abs()
-        within(out.flatten(0, 2), exact, magnitudes, shape[3], dtype)
+        if with_residual:
+            exact, magnitudes = exact + rows(t.residual), magnitudes + rows(t.residual).abs()
+        within(out.flatten(0, 2), exact.relu() if relu else exact, magnitudes, shape[3], dtype)
+        if relu:
+            assert (out >= 0).all()
 
-    def test_wgrad(self, dtype, shape, stride):
+    @pytest.mark.parametrize("with_out", [True, False])
+    def test_wgrad(self, dtype, shape, stride, with_out):
         t = Inputs(dtype, shape, stride)
-        p = projection.projection_wgrad(t.g, t.x, stride)
-        assert p.dtype == acc(dtype)
-        g = t.g.double().flatten(0, 2)
+        out = t.out if with_out else None
+        p, total = projection.projection_wgrad(t.g, t.x, stride, out)
+        assert p.dtype == total.dtype == acc(dtype)
+        g = masked(rows(t.g), rows(t.out)) if with_out else rows(t.g)
         within(p, g.T @ xs(t), g.abs().T @ xs(t).abs(), len(g), acc(dtype))
+        within(total, g.sum(0), g.abs().sum(0), len(g), acc(dtype))
+        same, nothing = projection.projection_wgrad(t.g, t.x, stride, out, with_sum=False)
+        assert torch.equal(same, p) and nothing is None
 
-    @pytest.mark.parametrize("with_v", [True, False])
-    @pytest.mark.parametrize("with_k", [True, False])
-    def test_dgrad(self, dtype, shape, stride, with_v, with_k):
+    @pytest.mark.parametrize("given", ["", "v", "k relu", "v out", "v k", "v k out relu"])
+    def test_dgrad(self, dtype, shape, stride, given):
         t = Inputs(dtype, shape, stride)
-        g, before = t.g.double().flatten(0, 2), t.dx.clone()
+        with_v, with_k, with_out, relu = (name in given.split() for name in ("v", "k", "out", "relu"))
+        before = t.dx.clone()
+        g = masked(rows(t.g), rows(t.out)) if with_out else rows(t.g)
         added, magnitudes = g @ t.u.double(), g.abs() @ t.u.double().abs()
         if with_v:
             added, magnitudes = added + xs(t) @ t.v.double(), magnitudes + xs(t).abs() @ t.v.double().abs()
         if with_k:
             added, magnitudes = added + t.k.double(), magnitudes + t.k.double().abs()
-        projection.projection_dgrad(t.dx, t.g, t.x, t.u, t.v if with_v else None, t.k if with_k else None, stride)
-        strided = before[:, ::stride, ::stride].double().flatten(0, 2)
+        v, k, out = t.v if with_v else None, t.k if with_k else None, t.out if with_out else None
+        projection.projection_dgrad(t.dx, t.g, t.x, t.u, v, k, stride, out, relu)
+        strided = rows(before[:, ::stride, ::stride])
         ours = t.dx[:, ::stride, ::stride].flatten(0, 2)
-        within(ours, strided + added, strided.abs() + magnitudes, shape[3] + shape[4], dtype)
+        exact, magnitudes = strided + added, strided.abs() + magnitudes
+        if relu:
+            exact, magnitudes = masked(exact, xs(t)), masked(magnitudes, xs(t))
+        within(ours, exact, magnitudes, shape[3] + shape[4], dtype)
         between = torch.ones(t.dx.shape[1:3], dtype=torch.bool)
         between[::stride, ::stride] = False
         assert torch.equal(t.dx[:, between], before[:, between])
@@ -152,13 +181,15 @@ def test_as_exact_as_the_reference(dtype, shape):
 
     def run(k, t):
         dx = t.dx.clone()
-        k.projection_dgrad(dx, t.g, t.x, t.u, t.v, t.k, 2)
+        k.projection_dgrad(dx, t.g, t.x, t.u, t.v, t.k, 2, t.out, relu=True)
+        p, sum_g = k.projection_wgrad(t.g, t.x, 2, t.out)
         count = t.g.shape[:3].numel()
         moments = k.projection_gram(t.x, 2)
         bn, mean, scatter = reference.gram_finalize(moments, count, t.weight, *[None] * 6, eps=1e-5)
         return {
-            "out": k.projection_fprop(t.x, t.weight, t.bn, 2),
-            "p": k.projection_wgrad(t.g, t.x, 2),
+            "out": k.projection_fprop(t.x, t.weight, t.bn, 2, t.residual, relu=True),
+            "p": p,
+            "sum_g": sum_g,
             "dx": dx,
             "bn": bn,
             "mean": mean,
@@ -188,12 +219,12 @@ def test_gram_keeps_the_variance_at_a_mean_of_a_thousand_standard_deviations(dty
 def test_same_bits_for_any_number_of_threads(dtype):
     def results():
         t = Inputs(dtype, (8, 41, 40, 64, 100), 2)  # 3360 rows: sums are split
-        projection.projection_dgrad(t.dx, t.g, t.x, t.u, t.v, t.k, 2)
+        projection.projection_dgrad(t.dx, t.g, t.x, t.u, t.v, t.k, 2, t.out, relu=True)
         return [
             t.dx,
             *projection.projection_gram(t.x, 2),
-            projection.projection_wgrad(t.g, t.x, 2),
-            projection.projection_fprop(t.x, t.weight, t.bn, 2),
+            *projection.projection_wgrad(t.g, t.x, 2, t.out),
+            projection.projection_fprop(t.x, t.weight, t.bn, 2, t.residual, relu=True),
         ]
 
     threads = torch.get_num_threads()
@@ -217,12 +248,38 @@ def test_nan_reaches_what_depends_on_it_and_nothing_else(dtype):
     assert gram[13].isnan().all() and gram[:, 13].isnan().all() and total[13].isnan() and pivot[13].isnan()
     others = torch.arange(27) != 13
     assert gram[others][:, others].isfinite().all() and total[others].isfinite().all()
-    out = projection.projection_fprop(t.x, t.weight, t.bn, 2)
-    assert out[0, 1, 2].isnan().all() and out.isnan().sum() == 40
-    p = projection.projection_wgrad(t.g, t.x, 2)
-    assert p[:, 13].isnan().all() and p.isnan().sum() == 40
+    for relu in (False, True):
+        out = projection.projection_fprop(t.x, t.weight, t.bn, 2, relu=relu)
+        assert out[0, 1, 2].isnan().all() and out.isnan().sum() == 40
+    p, total = projection.projection_wgrad(t.g, t.x, 2)
+    assert p[:, 13].isnan().all() and p.isnan().sum() == 40 and total.isfinite().all()
     projection.projection_dgrad(t.dx, t.g, t.x, t.u, t.v, t.k, 2)
     assert t.dx[0, 2, 4].isnan().all() and t.dx.isnan().sum() == 27
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_are_pytorchs(dtype):
+    """What is NaN passes, -0 does not; a masked NaN is gone."""
+    t = Inputs(dtype, (1, 1, 4, 3, 2), 1)
+    nan = float("nan")
+    t.g[0, 0, :, 0] = torch.tensor([nan, nan, 1.0, 1.0])
+    t.out[0, 0, :, 0] = torch.tensor([0.0, -0.0, nan, -1.0])
+    t.out[..., 1] = 1.0
+    _, total = projection.projection_wgrad(t.g, t.x, 1, t.out)
+    assert total[0] == 1 and total[1].isfinite()
+
+    t.x[0, 0, :, 0] = torch.tensor([nan, -0.0, 0.0, -1.0])
+    t.dx[0, 0, 1] = nan
+    projection.projection_dgrad(t.dx, t.g, t.x, t.u, None, None, 1, t.out, relu=True)
+    assert t.dx[0, 0, 0, 0].isfinite() and (t.dx[0, 0, 1:, 0] == 0).all()
+    assert (t.dx[0, 0, :, 0] != 0).tolist() == [True, False, False, False]
+
+    residual = torch.tensor([nan, -0.0, -torch.inf, torch.inf], dtype=dtype).view(1, 1, 4, 1).repeat(1, 1, 1, 2)
+    t.bn[2:] = 0
+    out = projection.projection_fprop(torch.ones_like(t.x), t.weight, t.bn, 1, residual, relu=True)
+    assert torch.equal(out, residual.relu()) or (out.isnan() == residual.isnan()).all()
+    assert out[0, 0, 1:, 0].tolist() == [0, 0, torch.inf]
 
 
 @needs_library
@@ -246,36 +303,56 @@ def test_opcheck(dtype):
     t = Inputs(dtype, (2, 5, 6, 24, 9), 2)
     ops = torch.ops.fastres_projection
     torch.library.opcheck(ops.gram.default, (t.x, 2))
-    torch.library.opcheck(ops.fprop.default, (t.x, t.weight, t.bn, 2))
-    torch.library.opcheck(ops.wgrad.default, (t.g, t.x, 2))
-    torch.library.opcheck(ops.dgrad.default, (t.dx, t.g, t.x, t.u, t.v, t.k, 2))
-    torch.library.opcheck(ops.dgrad.default, (t.dx, t.g, t.x, t.u, None, None, 2))
+    torch.library.opcheck(ops.fprop.default, (t.x, t.weight, t.bn, None, False, 2))
+    torch.library.opcheck(ops.fprop.default, (t.x, t.weight, t.bn, t.residual, True, 2))
+    torch.library.opcheck(ops.wgrad.default, (t.g, t.x, None, False, 2))
+    torch.library.opcheck(ops.wgrad.default, (t.g, t.x, t.out, True, 2))
+    torch.library.opcheck(ops.dgrad.default, (t.dx, t.g, t.x, t.u, None, None, None, False, None, 2))
+    torch.library.opcheck(ops.dgrad.default, (t.dx, t.g, t.x, t.u, t.v, t.k, t.out, True, None, 2))
+
+
+@needs_library
+def test_conv_runs_on_cuda_only():
+    with pytest.raises(NotImplementedError, match="fastres_projection::conv"):
+        projection.projection_conv(torch.zeros(1, 2, 2, 8), torch.zeros(8, 8), 2)
+
+
+@needs_library
+def test_number_of_partials_of_conv_is_not_known_beforehand():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        y, stats = projection.projection_conv(torch.zeros(2, 5, 5, 8).bfloat16(), torch.zeros(24, 8).bfloat16(), 2)
+    assert y.shape == (2, 3, 3, 24) and y.dtype == torch.bfloat16
+    assert stats.mean.shape[1:] == stats.m2.shape[1:] == (24,) and stats.count.dtype == torch.float32
+    assert stats.count.shape[0] == stats.mean.shape[0]
 
 
 GOOD = dict(x=(2, 6, 5, 64), weight=(128, 64), bn=(4, 128), g=(2, 3, 3, 128), dx=(2, 6, 5, 64), u=(128, 64), v=(64, 64))
 BAD = [
-    ("fprop", "weight", torch.zeros(128, 32), r"weight must be \[K, C\] with C = 64, has \[128, 32\]"),
-    ("fprop", "weight", torch.zeros(128, 64, 1, 1), r"weight must be \[K, C\] with C = 64, has \[128, 64, 1, 1\]"),
+    ("fprop", "weight", torch.zeros(128, 32), r"weight must be \[K, C\] = \[any, 64\], has \[128, 32\]"),
+    ("fprop", "weight", torch.zeros(128, 64, 1, 1), r"weight must be \[K, C\] = \[any, 64\], has \[128, 64, 1, 1\]"),
     ("fprop", "weight", torch.zeros(128, 64).bfloat16(), r"weight must be of x's dtype"),
     ("fprop", "weight", torch.zeros(64, 128).T, r"weight must be dense \(call .contiguous\(\)\)"),
     ("fprop", "bn", torch.zeros(4, 64), r"bn must be \[4, K\] = \[4, 128\], has \[4, 64\]"),
     ("fprop", "bn", torch.zeros(4, 128).double(), r"bn must be float32, has another dtype"),
+    ("fprop", "residual", torch.zeros(2, 3, 3, 64), r"residual must be \[N, Ho, Wo, K\] = \[2, 3, 3, 128\], has"),
     ("fprop", "x", torch.zeros(2, 6, 64), r"x must be \[N, H, W, C\], has \[2, 6, 64\]"),
-    ("fprop", "x", torch.zeros(2, 6, 5, 64).half(), r"x must be float32, float64 or bfloat16"),
-    ("fprop", "x", torch.zeros(2, 64, 6, 5).permute(0, 2, 3, 1), r"x must be dense \[N, H, W, C\] \(call .contiguous"),
+    ("fprop", "x", torch.zeros(2, 6, 5, 64).half(), r"x must be float32, float64 or bfloat16 on a CPU"),
+    ("fprop", "x", torch.zeros(2, 64, 6, 5).permute(0, 2, 3, 1), r"x must be dense \(call .contiguous"),
     ("fprop", "stride", 0, r"stride must be at least 1, has 0"),
+    ("fprop", "hopper", True, r"hopper must be False on a CPU, has True"),
     ("gram", "x", torch.zeros(4, 4), r"x must be \[N, H, W, C\]"),
-    (
-        "wgrad",
-        "g",
-        torch.zeros(2, 6, 5, 128),
-        r"g must be \[N, Ho, Wo, K\] with .* = \[2, 3, 3\], has \[2, 6, 5, 128\]",
-    ),
-    ("dgrad", "dx", torch.zeros(2, 6, 6, 64), r"dx must be of x's shape, has \[2, 6, 6, 64\]"),
+    ("wgrad", "g", torch.zeros(2, 6, 5, 128), r"g must be \[N, Ho, Wo, K\] = \[2, 3, 3, any\], has \[2, 6, 5, 128\]"),
+    ("wgrad", "out", torch.zeros(2, 3, 3, 1), r"out must be \[N, Ho, Wo, K\] = \[2, 3, 3, 128\], has \[2, 3, 3, 1\]"),
+    ("wgrad", "out", torch.zeros(2, 3, 3, 128).double(), r"out must be of x's dtype"),
+    ("dgrad", "dx", torch.zeros(2, 6, 6, 64), r"dx must be \[N, H, W, C\] = \[2, 6, 5, 64\], has \[2, 6, 6, 64\]"),
     ("dgrad", "dx", torch.zeros(2, 64, 6, 5).permute(0, 2, 3, 1), r"dx must be dense"),
     ("dgrad", "u", torch.zeros(64, 128), r"u must be \[K, C\] = \[128, 64\], has \[64, 128\]"),
     ("dgrad", "v", torch.zeros(32, 32), r"v must be \[C, C\] = \[64, 64\], has \[32, 32\]"),
     ("dgrad", "k", torch.zeros(3), r"k must be \[C\] = \[64\], has \[3\]"),
+    ("dgrad", "out", torch.zeros(2, 3, 3, 64), r"out must be \[N, Ho, Wo, K\] = \[2, 3, 3, 128\], has"),
 ]
 
 
@@ -285,8 +362,16 @@ def test_bad_arguments_are_named(op, name, value, message):
     t = {key: torch.zeros(size) for key, size in GOOD.items()} | {"k": torch.zeros(64), "stride": 2, name: value}
     order = {"gram": "x", "fprop": "x weight bn", "wgrad": "g x", "dgrad": "dx g x u v k"}[op]
     function = getattr(projection, f"projection_{op}")
+    optional = {key: t[key] for key in ("residual", "out", "hopper") if key in t}
     with pytest.raises(RuntimeError, match=f"^projection_{op}: {message}"):
-        function(*[t[key] for key in order.split()], t["stride"])
+        function(*[t[key] for key in order.split()], t["stride"], **optional)
+
+
+@needs_library
+def test_a_factor_of_v_is_for_cuda():
+    t = Inputs(torch.float32, (1, 2, 2, 8, 8), 2)
+    with pytest.raises(RuntimeError, match="^projection_dgrad: v_scale must be None on a CPU, has a value"):
+        torch.ops.fastres_projection.dgrad(t.dx, t.g, t.x, t.u, t.v, t.k, None, False, torch.ones(()), 2)
 
 
 @needs_library
@@ -313,24 +398,116 @@ def test_importing_does_not_load_the_library():
     assert done.returncode == 0, done.stderr
 
 
+BUILT = {"built": True, "reason": None, "library": "lib.so", "torch": "2.11.0", "cuda": None, "cuda_architectures": []}
+
+
 def test_available_says_why_not(tmp_path, monkeypatch):
     monkeypatch.setattr(projection, "_FOLDER", tmp_path)
     available = projection.available.__wrapped__
     assert available().startswith("not built: the package was not installed by its setup.py")
 
-    outcome = {"built": False, "reason": "no C++ compiler was found", "library": None, "torch": None}
+    outcome = BUILT | {"built": False, "reason": "no C++ compiler was found", "library": None}
     (tmp_path / "_build.json").write_text(json.dumps(outcome))
     assert available() == "not built: no C++ compiler was found"
 
-    outcome = {"built": True, "reason": None, "library": "libdamaged.so", "torch": "2.11.0"}
-    (tmp_path / "_build.json").write_text(json.dumps(outcome))
-    assert "libdamaged.so is missing, install the package again" in available()
+    (tmp_path / "_build.json").write_text(json.dumps(BUILT))
+    assert "lib.so is missing, install the package again" in available()
 
-    (tmp_path / "libdamaged.so").write_text("no library")
-    assert "libdamaged.so, built for torch 2.11.0, does not load in torch" in available()
+    (tmp_path / "lib.so").write_text("no library")
+    assert "lib.so, built for torch 2.11.0, does not load in torch" in available()
 
 
 def test_functions_say_why_the_extension_is_not_available(monkeypatch):
     monkeypatch.setattr(projection, "available", lambda: "not built: no C++ compiler was found")
     with pytest.raises(RuntimeError, match="projection extension is not available: not built: no C"):
         projection.projection_gram(torch.zeros(1, 1, 1, 1), 1)
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    """`on_gpus(build, *capabilities)`: `cuda_available()` of a build on a machine with such GPUs."""
+
+    def ask(build, *capabilities):
+        monkeypatch.setattr(projection, "available", lambda: None)
+        monkeypatch.setattr(projection, "build_outcome", lambda: BUILT | build)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+        return projection.cuda_available.__wrapped__()
+
+    return ask
+
+
+DEFAULT = ["80-real", "90a-real", "100-real", "100-virtual"]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (DEFAULT, (7, 5), False),
+        (DEFAULT, (8, 0), True),
+        (DEFAULT, (8, 6), True),
+        (DEFAULT, (9, 0), True),
+        (DEFAULT, (10, 0), True),
+        (DEFAULT, (10, 3), True),
+        (DEFAULT, (12, 0), True),
+        (["80-real"], (9, 0), False),
+        (["86-real"], (8, 0), False),
+        (["90a-real"], (9, 0), True),
+        (["90a-virtual"], (10, 0), False),
+        (["100f-real"], (10, 3), True),
+        (["100f"], (12, 0), False),
+        (["80"], (9, 0), True),
+        (["80-virtual"], (7, 5), False),
+        (["100-real"], (12, 0), False),
+    ],
+)
+def test_which_gpus_an_architecture_serves(on_gpus, architectures, capability, runs):
+    reason = on_gpus({"cuda_architectures": architectures}, capability)
+    if runs:
+        assert reason is None
+    else:
+        assert reason.startswith(
+            f"cuda:0 has compute capability {capability[0]}.{capability[1]}, the kernels are built"
+        )
+
+
+def test_the_hopper_path_is_for_its_own_gpus(on_gpus, monkeypatch):
+    for capabilities, reason in (
+        ([(9, 0), (9, 0)], None),
+        ([(9, 0), (10, 0)], "cuda:1 has compute capability 10.0, TMA and wgmma are used as in 9.0"),
+        ([], "torch sees no CUDA device"),
+    ):
+        portable = on_gpus({"cuda_architectures": DEFAULT}, *capabilities)
+        monkeypatch.setattr(hopper, "cuda_available", lambda portable=portable: portable)
+        assert hopper.available() == reason
+
+
+def test_every_gpu_must_be_served(on_gpus):
+    assert on_gpus({"cuda_architectures": DEFAULT}, (9, 0), (7, 5)).startswith("cuda:1 has compute capability 7.5")
+
+
+def test_cuda_available_says_why_not(on_gpus, monkeypatch):
+    assert on_gpus({"cuda": "nvcc was not found"}, (9, 0)) == "built without its CUDA kernels: nvcc was not found"
+    assert on_gpus({}) == "torch sees no CUDA device"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert projection.cuda_available.__wrapped__() == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(projection, "available", lambda: "not built: no C++ compiler was found")
+    assert projection.cuda_available.__wrapped__() == "not built: no C++ compiler was found"
+
+
+@needs_library
+@pytest.mark.parametrize("name", [name for name in hopper.__all__ if name != "available"])
+def test_the_hopper_path_has_the_same_functions(name):
+    launcher = getattr(hopper, name)
+    assert (launcher.__module__, launcher.__name__) == (projection.__name__, name)
+    t = Inputs(torch.float32, (1, 2, 2, 8, 8), 2)
+    arguments = {
+        "projection_gram": (t.x, 2),
+        "projection_fprop": (t.x, t.weight, t.bn, 2),
+        "projection_wgrad": (t.g, t.x, 2),
+        "projection_dgrad": (t.dx, t.g, t.x, t.u, t.v, t.k, 2),
+    }
+    with pytest.raises(RuntimeError, match=f"^{name}: hopper must be False on a CPU, has True"):
+        launcher(*arguments[name])

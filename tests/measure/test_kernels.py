@@ -60,12 +60,18 @@ def test_every_namespace_that_has_the_kernel_is_a_variant(monkeypatch):
     modules = {"triton": SimpleNamespace(bn_act=None), "projection": SimpleNamespace(projection_gram=None)}
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda name: modules.get(name) or load(name))
-    assert kernels.namespaces(["bn_act"], CPU) == ["library", "triton"]
-    assert kernels.namespaces(["conv1x1"], CPU) == ["library"]
-    assert kernels.namespaces(["gram_bwd"], CPU) == ["reference"]
+    f32, f16, cuda = torch.float32, torch.float16, torch.device("cuda")
+    assert kernels.namespaces(["bn_act"], f32, CPU) == ["library", "triton"]
+    assert kernels.namespaces(["conv1x1"], f32, CPU) == ["library"]
+    assert kernels.namespaces(["gram_bwd"], f32, CPU) == ["reference"]
     available["projection"] = None
-    assert kernels.namespaces(["projection_gram"], CPU) == ["library", "projection"]
-    assert kernels.namespaces(["projection_gram"], torch.device("cuda")) == ["library"]
+    modules["projection"].cuda_available = lambda: None
+    assert kernels.namespaces(["projection_gram"], f32, CPU) == ["library", "projection"]
+    assert kernels.namespaces(["projection_gram"], f16, CPU) == ["library"]
+    assert kernels.namespaces(["projection_gram"], f16, cuda) == ["library", "projection"]
+    assert kernels.namespaces(["projection_gram"], f32, cuda) == ["library"]
+    modules["projection"].cuda_available = lambda: "built without CUDA"
+    assert kernels.namespaces(["projection_gram"], f16, cuda) == ["library"]
 
 
 def test_rows_carry_the_contracts_bytes_and_flops():
