@@ -16,7 +16,10 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-parts",
         action="store_true",
-        help="compile the Triton kernels for every part and dtype, not for sm_80 and sm_90 without float16 only",
+        help="check the Triton and CUDA kernels for every part and dtype, not for sm_80 and sm_90 without float16 only",
+    )
+    parser.addoption(
+        "--all-mutants", action="store_true", help="plant every known bug in the CUDA kernels, not six of them only"
     )
 
 

@@ -78,7 +78,7 @@ def test_the_pieces_exist(gpu):
     for wanted in gpu.PIECES:
         for part in wanted.command:
             if part.startswith(("benchmarks/", "tests")):
-                assert (ROOT / part).is_dir()
+                assert (ROOT / part).exists(), part
 
 
 def test_the_tables_and_the_report_come_last(gpu, tmp_path, capsys):

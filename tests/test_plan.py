@@ -127,7 +127,8 @@ def test_a_gpu_without_the_extensions_cuda_part_keeps_the_librarys_projection(mo
     reasons = {"triton": "no", "projection": None}
     monkeypatch.setattr(backends, "reason", reasons.get)
     extension = backends.load("projection")
-    for library_reason, cuda_reason, folded in ((None, None, True), (None, "no nvcc", False), ("not built", None, False)):
+    table = ((None, None, True), (None, "no nvcc", False), ("not built", None, False))
+    for library_reason, cuda_reason, folded in table:
         reasons["projection"] = library_reason
         monkeypatch.setattr(extension, "cuda_available", lambda reason=cuda_reason: reason)
         assert plan.resolve_projection(x, (84, 56, 56, 256)).gram_folding is folded

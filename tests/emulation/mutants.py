@@ -64,6 +64,7 @@ fprop = functools.partial(Mutant, file=rows, op="fprop")
 conv = functools.partial(Mutant, file=rows, op="conv")
 dgrad = functools.partial(Mutant, file=rows, op="dgrad")
 wgrad = functools.partial(Mutant, file=columns, op="wgrad")
+combine = functools.partial(Mutant, file="combine.cu", op="wgrad")
 slow = functools.partial(Mutant, kind="profile", op="fprop", check="profile")
 ring = functools.partial(Mutant, file="hopper_tiles.cuh", op="fprop", path="hopper")
 hopper_rows = functools.partial(Mutant, file="hopper_row_products.cu", op="fprop", path="hopper")
@@ -89,8 +90,14 @@ MUTANTS = [
     fprop("reads a row too many", "bounds", "= m >= p.m ? -1 : first", "= m > p.m ? -1 : first", quick=True),
     fprop("reads channels past the last", "bounds", "offset[i] >= 0 && k < all ?", "offset[i] >= 0 ?"),
     fprop("reads weights past the last", "bounds", "k >= all || n >= p.n ? 0", "k >= all ? 0"),
-    fprop("writes a row too many", "bounds", "if (row + r >= p.m ||", "if (row + r > p.m ||"),
-    fprop("writes columns past the last", "bounds", "row + r >= p.m || column + c >= p.n", "row + r >= p.m"),
+    fprop(
+        "writes a row too many",
+        "bounds",
+        "m = row + tile_row;\n      if (m >= p.m) continue;",
+        "m = row + tile_row;\n      if (m > p.m) continue;",
+    ),
+    fprop("writes columns past the last", "bounds", "  if (n >= p.n) return;\n", ""),
+    fprop("adds the addend of another row", "values", "m = row + r + i * rows_at_once;", "m = row + r;"),
     # its barriers
     fprop(
         "the epilogue reuses memory without a barrier",
@@ -102,8 +109,8 @@ MUTANTS = [
     fprop(
         "no barrier between staging and writing",
         "race",
-        "  sync_block();\n  constexpr uint32_t chunks",
-        "  constexpr uint32_t chunks",
+        "  sync_block();\n  write_tile<Config>",
+        "  write_tile<Config>",
     ),
     conv(
         "no barrier before statistics are combined",
@@ -150,23 +157,21 @@ MUTANTS = [
     conv("statistics of what is not rounded", "values", "value = unpack<T>(pack<T>(value, 0)).x;", ""),
     # its second operands
     dgrad("rows of the first operands kept", "bounds", "next == 0 || next == first_tiles", "next == 0"),
-    dgrad(
-        "scales the first product a tile late", "values", "tile == first_tiles && tile > 0", "tile == first_tiles + 1"
-    ),
+    dgrad("scales the first product a tile late", "values", "tile + 1 == first_tiles &&", "tile == first_tiles &&"),
     dgrad("masks the first operands", "race", "if (p.mask && !in_first(tile)) {", "if (p.mask) {"),
     # what is slow only
     slow("staged rows share their banks", old="staged_row = columns + 8", new="staged_row = columns", file=rows),
     slow("staged columns read in order", old="swapped = c / 32 % 2 * 4,", new="swapped = 0,", file=rows),
     slow(
         "scale and shift loaded one by one",
-        old="(&to)[8]) {\n    if constexpr (vectors) {\n      FASTRES_UNROLL\n      for (int i = 0; i < 8; i += 4) {",
-        new="(&to)[8]) {\n    if constexpr (false) {\n      FASTRES_UNROLL\n      for (int i = 0; i < 8; i += 4) {",
-        file=rows,
+        old="const float* source, uint32_t left) {\n  if constexpr (vectors) {",
+        new="const float* source, uint32_t left) {\n  if constexpr (false) {",
+        file=tiles,
     ),
     slow("no swizzle", old="(chunk ^ (row / rows_per_line % permuted))", new="chunk", file=tiles, quick=True),
     # tiles.cuh
     fprop("division rounds down", "bounds", "/ d + 1;", "/ d;", file=tiles),
-    fprop("reads an odd channel too many", "bounds", "2 * i + 1 < left", "2 * i < left", file=tiles),
+    fprop("reads an odd channel too many", "bounds", "if (i < left) word", "if (i <= left) word", file=tiles),
     fprop(
         "row offsets of 32 bits",
         "bounds",
@@ -176,8 +181,13 @@ MUTANTS = [
         check="far",
     ),
     fprop("images taken for even", "bounds", " && p.n_stride == h * h_stride;", ";", file=tiles, check="far"),
-    # column_products.cuh, combine.cuh
-    wgrad("a split reads the next one's first row", "bounds", "r < end && channel < p.i", "r <= end && channel < p.i"),
+    # column_products.cuh, combine.cu
+    wgrad(
+        "reads pixels past the last", "bounds", "first + r < p.m && channel < p.i", "first + r <= p.m && channel < p.i"
+    ),
+    wgrad(
+        "a split takes the next one's first tile", "values", "p.splits) - first_tile;", "p.splits) - first_tile + 1;"
+    ),
     wgrad("every warp writes column sums", "global", "lane % 4 == 0 && i % 2 == warp / 2", "lane % 4 == 0"),
     wgrad(
         "quadrants of A's transposed fragment exchanged",
@@ -186,14 +196,10 @@ MUTANTS = [
         "(k * 16 + lane % 16, chunk)",
     ),
     wgrad("Gram's tiles below the diagonal", "unwritten", "    tile_column += tile_row;\n", "", op="gram"),
-    wgrad(
-        "a split left out",
-        "values",
-        "split < p.splits; ++split) sum += load_global(p.parts + split * p.size",
-        "split + 1 < p.splits; ++split) sum += load_global(p.parts + split * p.size",
-        file="combine.cuh",
-    ),
-    wgrad("no barrier before Gram is transposed", "race", "  sync_block();\n", "", file="combine.cuh", op="gram"),
+    combine("a split left out", "values", "split < p.of.splits;", "split + 1 < p.of.splits;"),
+    combine("lanes' sums added before they are there", "race", "  sync_block();\n", ""),
+    combine("a symmetric block not transposed", "global", "offset(across, down)", "offset(down, across)", op="gram"),
+    combine("columns of a block share their banks", "profile", "(column ^ row)", "column", op="gram", check="profile"),
     # hopper_tiles.cuh
     ring("no wait for a full stage", "race", "      barrier_wait(full(), parity);\n", ""),
     ring("the other phase of a full stage", "race", "barrier_wait(full(), parity)", "barrier_wait(full(), parity ^ 1)"),

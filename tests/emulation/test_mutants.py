@@ -19,12 +19,11 @@ SECONDS = 120
 def sources(mutant: Mutant, folder: Path) -> list[Path]:
     """What the mutant's operation is made of; Hopper's falls back to the portable one."""
     op = "fprop" if mutant.op == "conv" else mutant.op
-    if mutant.path == "portable":
-        names = [f"{op}.cu"]
-    elif op in ("fprop", "dgrad"):
-        names = ["hopper_row_products.cu", "fprop.cu", "dgrad.cu"]
+    if op in ("fprop", "dgrad"):
+        names = [f"{op}.cu"] if mutant.path == "portable" else ["hopper_row_products.cu", "fprop.cu", "dgrad.cu"]
     else:
-        names = ["hopper_column_products.cu", "gram.cu", "wgrad.cu"]
+        own = [f"{op}.cu"] if mutant.path == "portable" else ["hopper_column_products.cu", "gram.cu", "wgrad.cu"]
+        names = [*own, "combine.cu"]
     return [folder / "cuda" / name for name in names]
 
 
@@ -68,7 +67,7 @@ def first_failure(library: Path, mutant: Mutant) -> str | None:
 
 def pytest_generate_tests(metafunc):
     if "mutant" in metafunc.fixturenames:
-        every = metafunc.config.getoption("--all-mutants", default=False)
+        every = metafunc.config.getoption("--all-mutants")
         chosen = [mutant for mutant in MUTANTS if mutant.quick or every]
         metafunc.parametrize("mutant", chosen, ids=[mutant.name.replace(" ", "-") for mutant in chosen])
 

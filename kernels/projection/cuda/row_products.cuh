@@ -71,6 +71,7 @@ FASTRES_DEVICE void write_statistics(const RowParameters<typename Config::T>& p,
                                      uint32_t memory, uint32_t row, uint32_t column) {
   using T = typename Config::T;
   constexpr int warp_rows = Config::warp_rows, columns = Config::columns;
+  constexpr uint32_t m2_bytes = Config::statistics_bytes / 2;  // from a mean to its m2
   const uint32_t thread = thread_index(), lane = thread % 32, warp = thread / 32;
   const uint32_t warp_row = warp % 2 * warp_rows, warp_column = warp / 2 * Config::warp_columns;
   auto rows_of_warp = [&](uint32_t first) {
@@ -105,8 +106,9 @@ FASTRES_DEVICE void write_statistics(const RowParameters<typename Config::T>& p,
       FASTRES_UNROLL
       for (int mask = 4; mask < 32; mask *= 2) m2 += shuffle_xor(m2, mask);
       if (lane / 4 == 0) {
-        const uint32_t at = warp_row / warp_rows * columns + warp_column + j * 8 + lane * 2 + c;
-        store_shared(memory + at * 8, float2{mean, m2});
+        const uint32_t at = memory + (warp_row / warp_rows * columns + warp_column + j * 8 + lane * 2 + c) * 4;
+        store_shared(at, mean);
+        store_shared(at + m2_bytes, m2);
       }
     }
   }
@@ -118,9 +120,9 @@ FASTRES_DEVICE void write_statistics(const RowParameters<typename Config::T>& p,
     for (int w = 0; w < Config::rows / warp_rows; ++w) {
       const float more = static_cast<float>(rows_of_warp(w * warp_rows));
       if (more > 0) {
-        const uint32_t at = memory + (w * columns + c) * 8;
+        const uint32_t at = memory + (w * columns + c) * 4;
         const float delta = load_shared<float>(at) - mean, both = count + more;
-        m2 += load_shared<float>(at + 4) + delta * delta * (count * more / both);
+        m2 += load_shared<float>(at + m2_bytes) + delta * delta * (count * more / both);
         mean += delta * (more / both);
         count = both;
       }
