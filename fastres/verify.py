@@ -1,7 +1,9 @@
 """`python -m fastres verify`: every kernel and every unit that can run on this machine, against exact results.
 
 Each row is one three-way comparison (`fastres.numerics`): our results, those of stock PyTorch in the same dtype, and
-those of the reference kernels or of stock modules in float64, from the same inputs.
+those of the reference kernels or of stock modules in float64, from the same inputs. Inputs are drawn from a few seeds,
+whose errors count as one vector: the error of one small tensor is as much chance as arithmetic, and the order in which
+a CPU adds, which no two makes of them share, would decide.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from . import backends, cases
 from .numerics import ThreeWay, three_way
 
 DTYPES = (torch.float32, torch.bfloat16)
+SEEDS = 4
+
+Named = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,15 +90,13 @@ def _kernel_rows(device: torch.device) -> Iterator[Row]:
                 where = _place(backend, case.kernels, dtype, device)
                 if where is None:
                     continue
-                t = case.make(cases.Maker(dtype, where), **case.sizes)
-                yield _row(
-                    case.name,
-                    backend,
-                    dtype,
-                    ours=lambda case=case, k=k, t=t: case.run(k, cases.copied(t)),
-                    stock=lambda case=case, t=t: case.stock(cases.copied(t)),
-                    exact=lambda case=case, t=t: case.run(reference, cases.exact_inputs(t)),
-                )
+
+                def run(seed, case=case, k=k, dtype=dtype, where=where) -> tuple[Named, Named, Named]:
+                    t = case.make(cases.Maker(dtype, where, seed), **case.sizes)
+                    exact = case.run(reference, cases.exact_inputs(t))
+                    return case.run(k, cases.copied(t)), case.stock(cases.copied(t)), exact
+
+                yield _row(case.name, backend, dtype, run)
 
 
 def _place(backend: str, kernels: Sequence[str], dtype: torch.dtype, device: torch.device) -> torch.device | None:
@@ -130,28 +133,24 @@ def _unit_rows(device: torch.device) -> Iterator[Row]:
     for name, (factory, shape) in _units().items():
         for mode in ("training", "eval"):
             for dtype in DTYPES:
-                fused, x, g = _unit(factory, shape, mode == "training", dtype)
-                exact = _stock(fused).double()
-                yield _row(
-                    f"{name}, {mode}",
-                    "auto",
-                    dtype,
-                    ours=lambda fused=fused, x=x, g=g: _run_fused(fused.to(device), x.to(device), g.to(device)),
-                    stock=lambda fused=fused, x=x, g=g: _run_module(
-                        _stock(fused).to(device), x.to(device), g.to(device)
-                    ),
-                    exact=lambda exact=exact, x=x, g=g: _run_module(exact, x.double(), g.double()),
-                )
+
+                def run(seed, factory=factory, shape=shape, mode=mode, dtype=dtype) -> tuple[Named, Named, Named]:
+                    fused, x, g = _unit(factory, shape, mode == "training", dtype, seed)
+                    exact = _run_module(_stock(fused).double(), x.double(), g.double())
+                    fused, x, g = (t.to(device) for t in (fused, x, g))
+                    return _run_fused(fused, x, g), _run_module(_stock(fused), x, g), exact
+
+                yield _row(f"{name}, {mode}", "auto", dtype, run)
 
 
-def _unit(factory, shape, training: bool, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
+def _unit(factory, shape, training: bool, dtype: torch.dtype, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
     """A module whose batch norms are away from their initial values, an input, and a gradient of its output.
 
     The convolutions are of `dtype`, the batch norms of float32, as stock modules train in low precision.
     """
-    f = cases.Maker(dtype)
+    f = cases.Maker(dtype, seed=seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         module = factory().train(training)
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
@@ -174,7 +173,7 @@ def _stock(fused: nn.Module) -> nn.Module:
     return revert(copy.deepcopy(fused))
 
 
-def _run_fused(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _run_fused(module: nn.Module, x: Tensor, g: Tensor) -> Named:
     from .nn.guard import call_reason
 
     reason = call_reason(x) or module.fused_reason()
@@ -183,7 +182,7 @@ def _run_fused(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     return _run_module(copy.deepcopy(module), x, g)
 
 
-def _run_module(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _run_module(module: nn.Module, x: Tensor, g: Tensor) -> Named:
     """The output, every gradient and every buffer afterwards."""
     x = x.clone().requires_grad_()
     out = module(x)
@@ -194,15 +193,16 @@ def _run_module(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     return results | dict(module.named_buffers())
 
 
-def _row(name: str, backend: str, dtype: torch.dtype, ours: Callable, stock: Callable, exact: Callable) -> Row:
+def _row(name: str, backend: str, dtype: torch.dtype, run: Callable[[int], tuple[Named, Named, Named]]) -> Row:
+    """The check of what `run(seed)` gives: our results, stock's and the exact ones."""
     try:
-        made, by_stock, exactly = ours(), stock(), exact()
-        if not made.keys() == by_stock.keys() == exactly.keys():
-            raise RuntimeError(f"results differ: {sorted(made)}, stock {sorted(by_stock)}, exact {sorted(exactly)}")
-        results = {
-            result: three_way(made[result], by_stock[result], value.double(), dtype)
-            for result, value in exactly.items()
-        }
+        ours, stock, exact = zip(*map(run, range(SEEDS)), strict=True)
+        if not ours[0].keys() == stock[0].keys() == exact[0].keys():
+            raise RuntimeError(f"results differ: {sorted(ours[0])}, stock {sorted(stock[0])}, exact {sorted(exact[0])}")
+        results = {}
+        for result in exact[0]:
+            made, by_stock, right = (torch.cat([t[result].flatten() for t in runs]) for runs in (ours, stock, exact))
+            results[result] = three_way(made, by_stock, right.double(), dtype)
     except Exception as error:  # a check that cannot run is a failed check, and the others still run
         return Row(name, backend, dtype, {}, f"{type(error).__name__}: {error}")
     return Row(name, backend, dtype, results)
