@@ -13,11 +13,8 @@ from fastres import cases
 from fastres.measure import eager, kernels
 from fastres.measure.shapes import PROJECTIONS
 
-LAYERS = [
-    pytest.param("resnet50 layer2", marks=pytest.mark.core("cuda")),
-    pytest.param("resnet50 layer3", marks=pytest.mark.core("cpu")),
-    *(name for name in PROJECTIONS if name not in ("resnet50 layer2", "resnet50 layer3")),
-]
+CORE = {"resnet50 layer1": ["cuda"], "resnet50 layer2": ["cuda"], "resnet50 layer3": ["cuda", "cpu"]}
+LAYERS = [pytest.param(name, marks=pytest.mark.core(*CORE[name])) if name in CORE else name for name in PROJECTIONS]
 
 
 def conv(stride):
