@@ -24,24 +24,12 @@ from . import backends
 
 ENVIRONMENT_VARIABLE = "FASTRES_BACKEND"
 
+_FOLDED_PROJECTION = ("projection_gram", "projection_fprop", "projection_wgrad", "projection_dgrad")
+
 # Where the extension's CPU kernels beat the library's on most of ResNet-50's shapes on an AMD EPYC with AVX-512
 # (benchmarks/kernels/test_projection.py): all four in float32, though not on layer1's wgrad and layer4's fprop; in
 # bfloat16, where oneDNN multiplies natively, only the Gram.
-_EXTENSION_ON_CPU = {
-    torch.float32: ("projection_gram", "projection_fprop", "projection_wgrad", "projection_dgrad"),
-    torch.bfloat16: ("projection_gram",),
-}
-
-
-# Where a projection shortcut on its own is Gram-folded by the extension's CUDA kernels, in place of the stored form by
-# the library's convolution. Modelled, not measured (docs/arithmetic.md, "The projection shortcut on a GPU"): with more
-# input channels the extra products cost mma.sync more time than the bytes they save, and on fewer output values the
-# launches for the small matrices do.
-_MOST_FOLDED_CHANNELS = 256
-_LEAST_FOLDED_VALUES = 2**26
-
-_EXTENSION_ON_GPU = ("projection_gram", "projection_fprop", "projection_wgrad", "projection_dgrad")
-
+_EXTENSION_ON_CPU = {torch.float32: _FOLDED_PROJECTION, torch.bfloat16: ("projection_gram",)}
 
 _wrap: Callable[[SimpleNamespace], SimpleNamespace] | None = None
 
@@ -66,14 +54,30 @@ def resolve(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> 
 def resolve_projection(x: Tensor, output_shape: tuple[int, ...], backend: str = "auto") -> SimpleNamespace:
     """As `resolve`, for a projection shortcut outside of a block: x `[N, H, W, C]`, its output `[N, Ho, Wo, K]`."""
     name = requested(backend)
+    *pixels, outputs = output_shape
+    strided = tuple(pixels[1:]) != tuple(x.shape[1:3])
     extension = (
         name == "auto"
         and _extension_on_gpu(x.dtype, x.device.type)
-        and x.shape[3] <= _MOST_FOLDED_CHANNELS
-        and math.prod(output_shape) >= _LEAST_FOLDED_VALUES
+        and seconds_saved_by_folding(math.prod(pixels), x.shape[3], outputs, strided) > 0
     )
     k = _resolve_projection(x.dtype, x.device.type) if extension else _resolve(x.dtype, x.device.type, name)
     return k if _wrap is None else _wrap(k)
+
+
+def seconds_saved_by_folding(pixels: int, channels: int, outputs: int, strided: bool) -> float:
+    """Of a training step of a projection shortcut on a GPU, by the extension's Gram-folded form instead of the stored
+    form by the library's convolution; negative where folding costs time.
+
+    A model, not a measurement, whose terms and rates docs/arithmetic.md derives ("The projection shortcut on a GPU").
+    pixels: of the output. strided: the library gathers the pixels that it reads.
+    """
+    memory, mma_sync, library = 4.3e12, 350e12, 600e12  # bytes/s, FLOP/s, FLOP/s
+    small_matrices = 2e-4
+    bytes_saved = 2 * (8 * outputs + (3 if strided else -3) * channels)
+    more_flops, common_flops = 3 * channels**2, 6 * channels * outputs
+    slower = more_flops / mma_sync + common_flops * (1 / mma_sync - 1 / library)
+    return pixels * (bytes_saved / memory - slower) - small_matrices
 
 
 @contextlib.contextmanager
@@ -101,7 +105,7 @@ def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamesp
 @functools.cache
 def _resolve_projection(dtype: torch.dtype, device_type: str) -> SimpleNamespace:
     extension = backends.load("projection")
-    chosen = {name: getattr(extension, name) for name in _EXTENSION_ON_GPU}
+    chosen = {name: getattr(extension, name) for name in _FOLDED_PROJECTION}
     return SimpleNamespace(**vars(_resolve(dtype, device_type, "auto")) | chosen | {"gram_folding": True})
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..reference._common import acc_dtype, scaled_to_float16
 from ..reference.batch_norm import ChannelStats
 from ..reference.gram import Gram
 
@@ -179,19 +180,10 @@ def projection_dgrad(
     """
     v_scale = None
     if x.dtype == torch.float16 and u.dtype == torch.float32:
-        u, v, v_scale = _in_float16(u, v)
+        u = u.half()
+        if v is not None:
+            v, v_scale = scaled_to_float16(v)
     _ops(x).dgrad(dx, g, x, u, v, k, out, relu, v_scale, stride, hopper)
-
-
-def _in_float16(u: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """u and v in float16, v multiplied by a power of two, and what undoes that: v underflows in float16 as it is."""
-    u = u.half()
-    if v is None:
-        return u, None, None
-    # |v| < 2**exponent; the bounds keep the factor finite, and what is below 2**-110 adds nothing to a float16.
-    exponent = torch.frexp(torch.linalg.vector_norm(v, torch.inf)).exponent.clamp(-110, 128)
-    scale = torch.exp2((15 - exponent).float())
-    return u, (v * scale).half(), scale.reciprocal()
 
 
 def _ops(x: Tensor):
@@ -200,10 +192,6 @@ def _ops(x: Tensor):
     if reason is not None:
         raise RuntimeError(f"the projection extension is not available: {reason}")
     return torch.ops.fastres_projection
-
-
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _register_fakes() -> None:
@@ -216,7 +204,7 @@ def _register_fakes() -> None:
     @register("fastres_projection::gram")
     def _(x, stride, hopper=False):
         c = x.shape[3]
-        return tuple(x.new_empty(size, dtype=_acc(x)) for size in ((c, c), (c,), (c,)))
+        return tuple(x.new_empty(size, dtype=acc_dtype(x.dtype)) for size in ((c, c), (c,), (c,)))
 
     @register("fastres_projection::fprop")
     def _(x, weight, bn, residual, relu, stride, hopper=False):
@@ -225,15 +213,14 @@ def _register_fakes() -> None:
     @register("fastres_projection::conv")
     def _(x, weight, stride):
         y = output(x, weight.shape[0], stride)
-        # How many partials there are is the kernel's business.
-        partials = torch.library.get_ctx().new_dynamic_size()
+        partials = (y.shape[:3].numel() + 127) // 128  # portable::fprop_partials
         sizes = ((partials,), (partials, weight.shape[0]), (partials, weight.shape[0]))
-        return y, *(x.new_empty(size, dtype=_acc(x)) for size in sizes)
+        return y, *(x.new_empty(size, dtype=acc_dtype(x.dtype)) for size in sizes)
 
     @register("fastres_projection::wgrad")
     def _(g, x, out, with_sum, stride, hopper=False):
-        p = x.new_empty(g.shape[3], x.shape[3], dtype=_acc(x))
-        return p, x.new_empty(g.shape[3], dtype=_acc(x)) if with_sum else None
+        p = x.new_empty(g.shape[3], x.shape[3], dtype=acc_dtype(x.dtype))
+        return p, x.new_empty(g.shape[3], dtype=acc_dtype(x.dtype)) if with_sum else None
 
     @register("fastres_projection::dgrad")
     def _(dx, g, x, u, v, k, out, relu, v_scale, stride, hopper=False):

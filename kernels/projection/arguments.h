@@ -61,8 +61,7 @@ class Arguments {
     if (!v_scale) return;
     require(cuda_, "v_scale", "None on a CPU", "a value");
     require(v.has_value(), "v_scale", "None without v", "a value");
-    if (v_scale->dim() == 0) acc("v_scale", *v_scale, "[]", {});
-    else acc("v_scale", *v_scale, "[] or [1]", {1});
+    acc("v_scale", *v_scale, "a scalar", {});
   }
 
   ScalarType acc_type() const { return type_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }

@@ -31,6 +31,28 @@ def masked(g: Tensor, z: Tensor) -> Tensor:
     return g.masked_fill(z <= 0, 0)
 
 
+def small_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two small matrices in acc, to acc's full precision.
+
+    On a GPU float32 products are TF32's where the user has allowed that for the sake of a network in float32; batch
+    statistics and what backward forms from them bear no 11-bit factors, in any dtype. So they are float64's there.
+    """
+    if a.dtype == torch.float32 and a.device.type != "cpu":
+        return (a.double() @ b.double()).float()
+    return a @ b
+
+
+def scaled_to_float16(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v in float16, times a power of two that puts its largest value near 2**15, and the float32 `[]` that undoes that.
+
+    Nothing underflows that is not 2**-24 of the largest value. Values that are not finite stay so.
+    """
+    # |v| < 2**exponent; the bounds keep the factor finite, and what is below 2**-110 adds nothing to a float16.
+    exponent = torch.frexp(torch.linalg.vector_norm(v, torch.inf)).exponent.clamp(-110, 128)
+    scale = torch.exp2((15 - exponent).float())
+    return (v * scale).half(), scale.reciprocal()
+
+
 def activation(y: Tensor, bn: Tensor | None) -> Tensor:
     """relu(scale*y + shift) rounded to y's dtype, as a GEMM reads it; y itself when there is no `bn`."""
     if bn is None:

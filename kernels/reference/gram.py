@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import acc, acc_dtype, activation, rows
+from ._common import acc, activation, rows, scaled_to_float16, small_product
 from .batch_norm import scale_and_shift, stack_grad, update_running_stats
 
 PIVOT_ROWS = 64
@@ -68,7 +68,7 @@ def gram_finalize(
     scatter = moments.gram - torch.outer(moments.total, offset)
     w = acc(conv_weight)
     # Rounding can push the variance of a constant channel below zero.
-    m2 = ((w @ scatter) * w).sum(1).clamp_(min=0)
+    m2 = (small_product(w, scatter) * w).sum(1).clamp_(min=0)
     mean_y = w @ mean
     update_running_stats(mean_y, m2, count, running_mean, running_var, num_batches_tracked, momentum)
     return scale_and_shift(mean_y, m2 / count, weight, bias, eps), mean, scatter
@@ -89,14 +89,16 @@ def gram_bwd(
     mean, scatter as from `gram_finalize`, both None for constant statistics.
 
     Returns `(dW, grad, u, v, k)`: dW `[N, K]` and `grad` `[4, N]` in acc, and the operands of the gradient of a,
-    da = g u + a v + k: u `[N, K]`, v `[K, K]` and k `[K]` (acc). u and v are rounded to W's dtype, but for float16 kept
-    in float32: v is of the order of dgamma/M and underflows there. k is formed from the rounded u and v, so that the
-    mean of da is zero to rounding. For constant statistics v and k are None.
+    da = g u + a v + k: u `[N, K]`, v `[K, K]` and k `[K]` (acc). u and v are rounded to W's dtype. In float16 v, of the
+    order of dgamma/M, would underflow: for it they are float32 tensors of float16's digits, `scaled_to_float16(v)` is
+    exact. k is formed from the rounded u and v, so that the mean of da is zero to rounding. For constant statistics v
+    and k are None.
     """
     w = acc(conv_weight)
     mean_y, rstd, scale = bn[0], bn[1], bn[2]
-    operand = torch.float32 if conv_weight.dtype == torch.float16 else conv_weight.dtype
-    u = (scale[:, None] * w).to(operand)
+    u = (scale[:, None] * w).to(conv_weight.dtype)
+    if u.dtype == torch.float16:
+        u = u.float()
     if scatter is None:
         dgamma = rstd * ((p * w).sum(1) - mean_y * sum_g)
         return scale[:, None] * p, stack_grad(dgamma, sum_g, mean_y, rstd, None), u, None, None
@@ -104,8 +106,13 @@ def gram_bwd(
     dgamma = rstd * (centred * w).sum(1)
     grad = stack_grad(dgamma, sum_g, mean_y, rstd, count)
     slope = grad[2][:, None]
-    dw = scale[:, None] * (centred + slope * (w @ scatter))
-    v = (w.T @ (scale[:, None] * slope * w)).to(operand)
-    wide = acc_dtype(operand)
-    k = -((sum_g / count) @ u.to(wide) + mean @ v.to(wide))
+    dw = scale[:, None] * (centred + slope * small_product(w, scatter))
+    v = small_product(w.T, scale[:, None] * slope * w)
+    if conv_weight.dtype == torch.float16:
+        half, factor = scaled_to_float16(v)
+        v = half.float() * factor
+    else:
+        v = v.to(conv_weight.dtype)
+    # Matrix times vector: the other way round is a product of matrices, which might be TF32's.
+    k = -(acc(u).T @ (sum_g / count) + acc(v).T @ mean)
     return dw, grad, u, v, k

@@ -136,7 +136,7 @@ class Inputs:
         self.dx = self._pixels(n, h, w, self.c)
         self.weight, self.u = (self._dense((k, self.c)) for _ in range(2))
         self.v = self._dense((self.c, self.c)) if "v" in case.words else None
-        self.bn, self.k, self.v_scale = (self._normal(*size) for size in ((4, k), (self.c,), (1,)))
+        self.bn, self.k, self.v_scale = (self._normal(*size) for size in ((4, k), (self.c,), ()))
 
     def output(self) -> Tensor:
         """Memory of the layout for a tensor `[N, Ho, Wo, K]`."""
@@ -313,6 +313,48 @@ def check_profile(kernels: Kernels, case: Case) -> None:
 
 def check_definition(kernels: Kernels, case: Case) -> None:
     case.run(kernels)
+
+
+def check_nan(kernels: Kernels, dtype: torch.dtype, c: int, path: str) -> None:
+    """NaN reaches what depends on it and nothing else."""
+    k = 40
+    generator = torch.Generator().manual_seed(0)
+    x, g, dx = (torch.randn(size, generator=generator).to(dtype) for size in ((2, 6, 5, c), (2, 3, 3, k), (2, 6, 5, c)))
+    weight, v = (torch.randn(size, generator=generator).to(dtype) for size in ((k, c), (c, c)))
+    bn, shift = torch.randn(4, k, generator=generator), torch.randn(c, generator=generator)
+    x[1, 1, 1] = torch.nan  # a pixel between the strided ones
+    x[0, 2, 4, 13] = torch.nan
+    gram, total = kernels.projection_gram(x, 2, path)
+    assert gram[13].isnan().all() and gram.isnan().sum() == 2 * c - 1 and total.isnan().nonzero().tolist() == [[13]]
+    for out in (
+        kernels.projection_fprop(x, weight, bn, 2, path=path),
+        kernels.projection_fprop(x, weight, bn, 2, g, True, path),
+        kernels.projection_conv(x, weight, 2, path)[0],
+    ):
+        assert out[0, 1, 2].isnan().all() and out.isnan().sum() == k
+    p, sum_g = kernels.projection_wgrad(g, x, 2, path=path)
+    assert p[:, 13].isnan().all() and p.isnan().sum() == k and sum_g.isfinite().all()
+    for relu in (False, True):
+        after = dx.clone()
+        kernels.projection_dgrad(after, g, x, weight, v, shift, 2, relu=relu, path=path)
+        # The mask of x_s > 0 turns what is NaN to zero, but not where x_s is NaN itself.
+        nan = torch.ones(c, dtype=torch.bool) if not relu else ~(x[0, 2, 4] <= 0)
+        assert torch.equal(after[0, 2, 4].isnan(), nan) and after.isnan().sum() == nan.sum()
+
+    mask = torch.randn(2, 3, 3, k, generator=generator).to(dtype)
+    g[0, 0, 0, 5], mask[0, 0, 0, 5] = torch.nan, -1  # masked
+    mask[1, 2, 2, 7] = torch.nan  # lets g through
+    clean = x.nan_to_num(nan=1.0)
+    p, sum_g = kernels.projection_wgrad(g, clean, 2, mask, path=path)
+    exact = reference.projection_wgrad(g.nan_to_num(nan=0).double(), clean.double(), 2, mask.double())
+    torch.testing.assert_close(p.double(), exact[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sum_g.double(), exact[1], atol=1e-4, rtol=1e-4)
+    g[1, 2, 2, 7] = torch.nan
+    p, sum_g = kernels.projection_wgrad(g, clean, 2, mask, path=path)
+    assert p[7].isnan().all() and p.isnan().sum() == c and sum_g.isnan().nonzero().tolist() == [[7]]
+    after = dx.clone()
+    kernels.projection_dgrad(after, g, clean, weight, v, shift, 2, mask, path=path)
+    assert after[1, 4, 4].isnan().all() and after.isnan().sum() == c
 
 
 CHECKS = {

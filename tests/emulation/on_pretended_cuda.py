@@ -64,6 +64,11 @@ def test_definition(case):
     case.run(on_device.Kernels())
 
 
+@pytest.mark.parametrize("path", ["portable", "hopper"])
+def test_nan_reaches_what_depends_on_it_and_nothing_else(path):
+    kernel_cases.check_nan(on_device.Kernels(), torch.float16, 24, path)
+
+
 class Arguments:
     def __init__(self, dtype=torch.bfloat16):
         n, h, w, c, k, self.stride = SIZES[0]
@@ -139,6 +144,8 @@ def test_conv_is_a_launcher_too():
     y, stats = projection.projection_conv(t.x, t.weight, 2)
     assert relative_error(y, reference.projection_conv(t.x.double(), t.weight.double(), 2)[0]) < 2**-7
     kernel_cases.check_statistics(y, *stats)
+    meta = torch.ops.fastres_projection.conv(t.x.to("meta"), t.weight.to("meta"), 2)
+    assert [part.shape for part in meta] == [part.shape for part in (y, *stats)]
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e38, 0.0, 1e-40])
@@ -218,7 +225,7 @@ BAD = [
     ("u", torch.zeros(40, 24).float(), "u must be of x's dtype, has another"),
     ("v", torch.zeros(24, 25).bfloat16(), "v must be [C, C] = [24, 24], has [24, 25]"),
     ("k", torch.zeros(24).bfloat16(), "k must be float32, has another dtype"),
-    ("v_scale", torch.ones(2), "v_scale must be [] or [1] = [1], has [2]"),
+    ("v_scale", torch.ones(1), "v_scale must be a scalar = [], has [1]"),
     ("v_scale", torch.ones(()).double(), "v_scale must be float32, has another dtype"),
 ]
 OF = {"weight": "fprop conv", "bn": "fprop", "residual": "fprop", "g": "wgrad dgrad", "out": "wgrad dgrad"}
@@ -237,7 +244,7 @@ def test_bad_arguments_are_named(name, value, message):
 
 def test_a_factor_without_v_is_refused():
     t = Arguments()
-    t.v, t.v_scale = None, torch.ones(1)
+    t.v, t.v_scale = None, torch.ones(())
     with pytest.raises(RuntimeError, match="^projection_dgrad: v_scale must be None without v, has a value"):
         t.call("dgrad")
 
@@ -248,7 +255,7 @@ def test_tensors_elsewhere_are_named(machine, op, device):
     names = {"fprop": "weight bn residual", "wgrad": "g out", "dgrad": "dx g u v k out v_scale"}[op].split()
     for name in names:
         t = Arguments()
-        t.v_scale = torch.ones(1)
+        t.v_scale = torch.ones(())
         machine.pretended_move(getattr(t, name).data_ptr(), device)
         with pytest.raises(RuntimeError, match=f"^projection_{op}: {name} must be on x's device, cuda:0, has another"):
             t.call(op)

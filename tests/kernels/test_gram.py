@@ -1,0 +1,114 @@
+"""The small matrices of Gram folding; `gram` itself and both directions as wholes are held to float64 by the units."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastres.kernels import reference
+from fastres.kernels.reference._common import scaled_to_float16
+from fastres.kernels.reference.gram import Gram
+
+ROWS, K, N = 96, 24, 40
+
+
+def inputs(dtype, device="cpu", spread=1.0):
+    """Rows a after a ReLU and g, weights, and the batch norm that `gram_finalize` gives."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator)
+
+    a, g = normal(1, 1, ROWS, K).relu(), spread * (normal(1, 1, ROWS, N) + 0.1)
+    weight = normal(N, K) / K**0.5
+    a, g, weight = (t.to(device, dtype) for t in (a, g, weight))
+    gamma, beta = (torch.rand(N, generator=generator).to(device) for _ in range(2))
+    moments = reference.projection_gram(a, 1)
+    return a, g, weight, reference.gram_finalize(moments, ROWS, weight, gamma, beta, None, None, None, 0.1, 1e-5)
+
+
+def backward(dtype, device="cpu", spread=1.0):
+    a, g, weight, (bn, mean, scatter) = inputs(dtype, device, spread)
+    p, sum_g = reference.projection_wgrad(g, a, 1)
+    return a, g, reference.gram_bwd(p, sum_g, weight, bn, ROWS, mean, scatter)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_mean_of_the_inputs_gradient_is_zero_to_float32s_rounding(dtype, spread):
+    """As the operands are that a product reads: in float16, v times a power of two."""
+    a, g, (_, _, u, v, k) = backward(dtype, spread=spread)
+    if dtype == torch.float16:
+        half, factor = scaled_to_float16(v)
+        assert torch.equal(half.float() * factor, v) and torch.equal(u.half().float(), u)
+        assert spread == 1 or not torch.equal(v.half().float(), v)
+    else:
+        assert u.dtype == v.dtype == dtype
+    mean_g, mean_a = (t.double().flatten(0, 2).mean(0) for t in (g, a))
+    terms = mean_g.abs() @ u.double().abs() + mean_a.abs() @ v.double().abs()
+    error = (mean_g @ u.double() + mean_a @ v.double() + k.double()).abs()
+    # Roundings of the two means, of both products and of k.
+    assert (error <= (2 * ROWS + N + K + 4) * 2.0**-24 * terms).all()
+
+
+@pytest.mark.parametrize("largest", [1e-40, 1e-30, 1e-7, 1.0, 7e4, 3e38])
+def test_v_keeps_its_digits_in_float16(largest):
+    v = largest * (2 * torch.rand(24, 24, generator=torch.Generator().manual_seed(0)) - 1)
+    half, factor = scaled_to_float16(v)
+    assert half.dtype == torch.float16 and factor.dtype == torch.float32 and factor.shape == ()
+    assert torch.frexp(factor).mantissa == 0.5, "no power of two"
+    assert half.abs().max() < 2**15 and (largest < 2.0**-110 or half.abs().max() >= 2**14)
+    error = half.double() * factor.double() - v.double()
+    assert (error.abs() <= 2.0**-11 * v.double().abs() + 2.0**-25 * factor.double()).all()
+
+
+def test_zeros_stay_zero_in_float16():
+    half, factor = scaled_to_float16(torch.zeros(24, 24))
+    assert not half.any() and factor.isfinite()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_so_in_float16(value):
+    v = torch.ones(24, 24)
+    v[3, 5] = value
+    half, factor = scaled_to_float16(v)
+    assert not (half[3, 5].float() * factor).isfinite() and half[3, 5].isnan() == v[3, 5].isnan()
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the matrix products that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.dtypes.append(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_on_a_gpu_are_not_left_to_tf32(dtype):
+    """On the meta device, which stands for a GPU."""
+    moments = Gram(*(torch.empty(size, device="meta") for size in ((K, K), (K,), (K,))))
+    weight, vector = torch.empty(N, K, dtype=dtype, device="meta"), torch.empty(N, device="meta")
+    with Products() as products:
+        bn, mean, scatter = reference.gram_finalize(moments, ROWS, weight, *[vector] * 4, None, 0.1, 1e-5)
+        reference.gram_bwd(torch.empty(N, K, device="meta"), vector, weight, bn, ROWS, mean, scatter)
+    assert products.dtypes == [torch.float64] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is a GPU's")
+def test_tf32_changes_nothing(monkeypatch):
+    found = []
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        a, _, weight, finalized = inputs(torch.bfloat16, "cuda")
+        bn, mean, scatter = finalized
+        p, sum_g = (torch.ones(size, device="cuda") / 3 for size in ((N, K), (N,)))
+        found.append((*finalized, *reference.gram_bwd(p, sum_g, weight, bn, ROWS, mean, scatter)))
+    # The Gram matrix itself is a product of activations.
+    assert all(torch.equal(exact, fast) for exact, fast in list(zip(*found, strict=True))[3:])
