@@ -35,6 +35,7 @@ class Arguments {
     type_ = x.scalar_type();
     dtype = dtype_of(type_);
     pixels("x", x);
+    if (x.size(3) < 1) fail("x", "of at least one channel", sizes(x));
     if (stride < 1) fail("stride", "at least 1", std::to_string(stride));
     shape = {x.size(0), x.size(1), x.size(2), x.size(3), 0, stride};
     if (cuda_ && shape.rows() >= int64_t(1) << 31)

@@ -47,9 +47,15 @@ class Device {
   void* stream_ = nullptr;
 };
 
-Pixels pixels(const Tensor& t) {
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+// Where a dimension has one element its stride says nothing, and may be such that memory seems not to be aligned: in its
+// place comes one of which that is not so.
+Pixels pixels(const Tensor& t, void* data) {
+  int64_t w = t.size(2) == 1 ? (t.size(3) + 7) / 8 * 8 : t.stride(2);
+  int64_t h = t.size(1) == 1 ? t.size(2) * w : t.stride(1);
+  return {data, t.size(0) == 1 ? t.size(1) * h : t.stride(0), h, w};
 }
+Pixels pixels(const Tensor& t) { return pixels(t, const_cast<void*>(t.const_data_ptr())); }
+Pixels written(const Tensor& t) { return pixels(t, t.mutable_data_ptr()); }
 Pixels pixels(const std::optional<Tensor>& t) { return t ? pixels(*t) : Pixels{}; }
 const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 const float* floats(const std::optional<Tensor>& t) { return static_cast<const float*>(data(t)); }
@@ -94,7 +100,7 @@ Tensor fprop_cuda(const Tensor& x, const Tensor& weight, const Tensor& bn, const
                  .bn = floats(bn),
                  .residual = pixels(residual),
                  .relu = relu,
-                 .out = pixels(out),
+                 .out = written(out),
                  .count = nullptr,
                  .mean = nullptr,
                  .m2 = nullptr});
@@ -116,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_cuda(const Tensor& x, const Tens
                                            .bn = nullptr,
                                            .residual = {},
                                            .relu = false,
-                                           .out = pixels(y),
+                                           .out = written(y),
                                            .count = floats(count),
                                            .mean = floats(mean),
                                            .m2 = floats(m2)});
@@ -154,7 +160,7 @@ void dgrad_cuda(const Tensor& dx, const Tensor& g, const Tensor& x, const Tensor
   device.launch(hopper ? fastres::hopper::dgrad : fastres::portable::dgrad,
                 {.dtype = a.dtype,
                  .shape = a.shape,
-                 .dx = pixels(dx),
+                 .dx = written(dx),
                  .g = pixels(g),
                  .x = pixels(x),
                  .out = pixels(out),

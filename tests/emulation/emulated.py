@@ -235,6 +235,10 @@ class Kernels:
             *map(_pointer, (u, v, k, v_scale)), ctypes.c_bool(relu), outputs=[_Output.inside(dx, stride)],
         )  # fmt: skip
 
+    def workspace(self, kernel: str, path: str, sizes: Sequence[int]) -> int:
+        """Floats of working memory of "gram" or "wgrad" for n, h, w, c, k, stride."""
+        return self._size(f"{kernel}_workspace", path, _Shape(*sizes))
+
     def _size(self, what: str, path: str, shape: _Shape) -> int:
         size = self.library.projection_size(what.encode(), ctypes.c_bool(_PATHS.index(path)), ctypes.byref(shape))
         if size < 0:

@@ -18,6 +18,9 @@ struct alignas(64) TensorMap {
 const char* encode_tensor_map(TensorMap& map, Dtype dtype, const void* base, const int64_t (&size)[4],
                               const int64_t (&stride)[3], const uint32_t (&box)[4]);
 
+// So few that a block has several tiles in most tests.
+inline int64_t multiprocessors() { return 3; }
+
 void barrier_init(uint32_t barrier, uint32_t arrivals,
                   emulation::Location where = emulation::Location::current());
 void barrier_init_fence();
@@ -57,6 +60,8 @@ template <int N>
 void wgmma_wait(emulation::Location where = emulation::Location::current()) {
   emulation::wgmma_wait(N, where);
 }
+template <int size>
+void wgmma_done(float (&)[size]) {}
 template <class T, int N, bool a_transposed, bool b_transposed>
 void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, emulation::Location where = emulation::Location::current()) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);

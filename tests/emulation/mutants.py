@@ -238,6 +238,7 @@ MUTANTS = [
         "(int step = 1; step < 4; step *= 2)",
         "(int step = 2; step < 4; step *= 2)",
     ),
+    hopper_rows("reads scales past the last", "bounds", "at = c < p.columns ? c : 0;", "at = c;"),
     hopper_rows(
         "scales both products", "values", "source == 0 && p.first_scale", "source == 1 && p.first_scale", op="dgrad"
     ),

@@ -28,10 +28,11 @@ SIZES = [(2, 9, 7, 24, 40, 2), (3, 4, 7, 27, 33, 1), (0, 5, 5, 16, 8, 2)]
 def machine():
     """The pretended machine's controls; the extension is its library."""
     emulation = os.environ["EMULATION_LIBRARY"]
-    emulated.Kernels(Path(emulation))  # loaded, and its checks switched on
+    kernels = emulated.Kernels(Path(emulation))  # loaded, and its checks switched on
     projection._FOLDER = LIBRARY.parent
     assert projection.available() is None
     controls = ctypes.CDLL(str(LIBRARY))
+    controls.kernels = kernels
     controls.pretended_emulation(emulation.encode())
     controls.pretended_move.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     return controls
@@ -189,6 +190,19 @@ def test_the_path_is_the_one_that_is_asked_for(machine, op, chosen):
     t.call(op)
     assert machine.pretended_calls(chosen) == (2 if op in ("gram", "wgrad") else 1)
     assert machine.pretended_calls(not chosen) == 0
+
+
+def test_a_dimension_of_one_pixel_does_not_cost_alignment(machine):
+    """As in NCHW memory, where its stride is that of the channels."""
+    t = Arguments()
+    for name in ("x", "dx", "g", "out", "residual"):
+        pixel = getattr(t, name)[:, :1, :1]
+        setattr(t, name, pixel.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1))
+        assert getattr(t, name).stride()[1:] == (1, 1, 1)
+    for op in ("gram", "fprop", "conv", "wgrad", "dgrad"):
+        with machine.kernels.options():
+            t.call(op)
+            assert machine.kernels.counters()["copies"], f"{op} copies elements one by one"
 
 
 NARROW = torch.zeros(2, 9, 7, 24, 2).bfloat16()[..., 0]

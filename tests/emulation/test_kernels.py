@@ -45,6 +45,14 @@ def test_no_bank_conflicts_and_whole_sectors(kernels, case):
 
 
 @pytest.mark.parametrize("path", ["portable", "hopper"])
+@pytest.mark.parametrize("c", [64, 72, 512, 2048])
+@pytest.mark.parametrize("pixels", [1, 512, 50_176, 3_211_264])
+def test_splits_of_a_gram_matrix_are_no_longer_than_truncated_sums_allow(kernels, path, c, pixels):
+    size = kernels.workspace("gram", path, (pixels, 1, 1, c, 0, 1))
+    assert size % (c * (c + 1)) == 0 and pixels / (size // (c * (c + 1))) <= 4096
+
+
+@pytest.mark.parametrize("path", ["portable", "hopper"])
 @pytest.mark.parametrize("c", [24, 27])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nan_reaches_what_depends_on_it_and_nothing_else(kernels, dtype, c, path):

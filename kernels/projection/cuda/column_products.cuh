@@ -184,17 +184,19 @@ column_products_kernel(FASTRES_PARAMETER ColumnParameters<typename Config::T> p)
 }
 
 // How many splits give each of the 132 multiprocessors of an H100 or H200 two blocks, and no third: fixed, so that the
-// order of the sums does not depend on the GPU. No split is so short that adding the splits up would show. An empty
-// batch has none.
-inline int64_t splits_of(int64_t rows, int64_t tiles) {
-  const int64_t wanted = 0 < tiles && tiles < 264 ? 264 / tiles : 1, most = divide_up(rows, 512);
+// order of the sums does not depend on the GPU. No split is so short that adding the splits up would show, nor, in a
+// symmetric product, so long that truncated sums do. An empty product has none.
+inline int64_t splits_of(int64_t rows, int64_t tiles, bool symmetric) {
+  if (tiles == 0) return 0;
+  const int64_t least = symmetric ? divide_up(rows, longest_symmetric_split) : 1;
+  const int64_t wanted = larger(264 / tiles, least), most = divide_up(rows, 512);
   return wanted < most ? wanted : most;
 }
 
 // p.parts and p.sums are workspaces; `total` may be null.
 template <class Config>
 const char* column_products(ColumnParameters<typename Config::T> p, float* result, float* total, void* stream) {
-  const int64_t tiles = Config::tiles(p.i, p.j), splits = splits_of(p.m, tiles);
+  const int64_t tiles = Config::tiles(p.i, p.j), splits = splits_of(p.m, tiles, Config::symmetric);
   p.splits = static_cast<uint32_t>(splits);
   p.sums = total ? p.parts + splits * p.i * p.j : nullptr;
   if (splits > 0) {

@@ -26,7 +26,7 @@ const char* choose(const GramArguments& a, void* stream) {
 
 int64_t gram_workspace(const Shape& s) {
   const int64_t blocks = divide_up(s.c, s.c <= 64 ? 64 : 128);
-  return splits_of(s.rows(), blocks * (blocks + 1) / 2) * s.c * (s.c + 1);
+  return splits_of(s.rows(), blocks * (blocks + 1) / 2, true) * s.c * (s.c + 1);
 }
 
 const char* gram(const GramArguments& a, void* stream) {

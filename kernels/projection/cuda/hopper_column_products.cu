@@ -1,7 +1,7 @@
 // D[i, j] = sum_m A[m, i] B[m, j] on Hopper, the rows m being pixels: projection_wgrad (A = g, B = x_s) and
 // projection_gram (A = B = x_s).
 //
-// A tile of 128 by 256 or 64 of D is summed over boxes of up to 64 pixels, which are shared out in splits; combine.cu
+// A tile of 128 by 256, 128 or 64 of D is summed over boxes of up to 64 pixels, which are shared out in splits; combine.cu
 // adds these up. wgmma reads both operands transposed. Column sums of A cost one more product, by ones.
 #include <type_traits>
 
@@ -100,6 +100,8 @@ column_products_kernel(FASTRES_PARAMETER ColumnParameters p) {
     } else {
       consume(std::false_type{});
     }
+    wgmma_done(sum);
+    wgmma_done(column_sum);
     FASTRES_UNROLL
     for (int h = 0; h < 2; ++h) {
       const uint32_t i = row + thread / 32 * 16 + h * 8 + thread % 32 / 4;
@@ -117,7 +119,7 @@ column_products_kernel(FASTRES_PARAMETER ColumnParameters p) {
   }
 }
 
-int64_t width_of(int64_t columns) { return columns <= 64 ? 64 : 256; }
+int64_t width_of(int64_t columns) { return columns <= 64 ? 64 : columns <= 128 ? 128 : 256; }
 
 int64_t tiles_of(int64_t rows, int64_t columns, bool symmetric) {
   const int64_t width = width_of(columns);
@@ -128,10 +130,13 @@ int64_t tiles_of(int64_t rows, int64_t columns, bool symmetric) {
   return tiles;
 }
 
-// As many as there are multiprocessors for them, but none so short that adding the splits up would show.
-int64_t splits_of(const Boxes& boxes, int64_t tiles) {
-  const int64_t wanted = multiprocessors / tiles, most = divide_up(boxes.count, 16);
-  return wanted < 1 ? 1 : wanted < most ? wanted : most;
+// As many as the 132 multiprocessors of an H100 or H200 run at a time: fixed, so that the order of the sums does not
+// depend on the GPU. None is so short that adding the splits up would show, nor, in a symmetric product, so long that
+// truncated sums do (longest_symmetric_split).
+int64_t splits_of(const Boxes& boxes, int64_t tiles, bool symmetric) {
+  const int64_t least = symmetric ? divide_up(boxes.count * box_pixels, longest_symmetric_split) : 1;
+  const int64_t wanted = larger(132 / tiles, least), most = divide_up(boxes.count, 16);
+  return wanted < most ? wanted : most;
 }
 
 template <class T>
@@ -139,13 +144,16 @@ const char* run(const ColumnParameters& p, int64_t blocks, void* stream) {
   if (width_of(p.columns) == 64) {
     return launch(column_products_kernel<T, 64>, blocks, threads, shared_bytes<64>, stream, p);
   }
+  if (width_of(p.columns) == 128) {
+    return launch(column_products_kernel<T, 128>, blocks, threads, shared_bytes<128>, stream, p);
+  }
   return launch(column_products_kernel<T, 256>, blocks, threads, shared_bytes<256>, stream, p);
 }
 
 // D to `result` and the column sums to `sums`, which may be null.
 const char* column_products(ColumnParameters& p, Dtype dtype, float* workspace, float* result, float* sums,
                             void* stream) {
-  const int64_t tiles = tiles_of(p.rows, p.columns, p.symmetric), splits = splits_of(p.boxes, tiles);
+  const int64_t tiles = tiles_of(p.rows, p.columns, p.symmetric), splits = splits_of(p.boxes, tiles, p.symmetric);
   const int64_t size = int64_t{p.rows} * p.columns;
   p.splits = static_cast<uint32_t>(splits);
   p.parts = workspace;
@@ -166,10 +174,8 @@ const char* column_products(ColumnParameters& p, Dtype dtype, float* workspace, 
 
 int64_t workspace_of(const Shape& s, int64_t rows, int64_t columns, bool symmetric) {
   if (s.rows() == 0 || rows == 0 || columns == 0) return 0;
-  return splits_of(boxes_of(s, box_pixels), tiles_of(rows, columns, symmetric)) * rows * (columns + 1);
+  return splits_of(boxes_of(s, box_pixels), tiles_of(rows, columns, symmetric), symmetric) * rows * (columns + 1);
 }
-
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace
 

@@ -13,6 +13,7 @@
 
 #include <cuda.h>
 
+#include <cstdio>
 #include <type_traits>
 
 namespace fastres {
@@ -36,11 +37,30 @@ inline const char* encode_tensor_map(TensorMap& map, Dtype dtype, const void* ba
   const cuuint64_t sizes[4] = {cuuint64_t(size[0]), cuuint64_t(size[1]), cuuint64_t(size[2]), cuuint64_t(size[3])};
   const cuuint64_t strides[3] = {cuuint64_t(stride[0]) * 2, cuuint64_t(stride[1]) * 2, cuuint64_t(stride[2]) * 2};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
+  // A driver's function: it wants a context, which the runtime's functions make and a thread of autograd's may lack.
+  int device;
+  cudaError_t without = cudaGetDevice(&device);
+  if (without == cudaSuccess) without = cudaSetDevice(device);
+  if (without != cudaSuccess) {
+    cudaGetLastError();
+    return cudaGetErrorString(without);
+  }
   const CUresult error = encode(
       &map, dtype == Dtype::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
       const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return error == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses the tensor";
+  if (error == CUDA_SUCCESS) return nullptr;
+  thread_local char text[64];
+  std::snprintf(text, sizeof text, "cuTensorMapEncodeTiled refuses the tensor: CUresult %d", static_cast<int>(error));
+  return text;
+}
+
+// Host. Of the current device.
+inline int64_t multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
 // A phase of the barrier ends with `arrivals` arrivals and the bytes it then expects.
@@ -102,11 +122,22 @@ FASTRES_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// After the wgmma_wait behind which d is used: the compiler, which does not know that wgmma runs on, must not move that
+// in front of the wait.
+template <int size>
+FASTRES_DEVICE void wgmma_done(float (&d)[size]) {
+  FASTRES_UNROLL
+  for (int i = 0; i < size; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // The assembler wants every register of d by name, %0 to %(N / 2 - 1), and an operand for each of them: ten names given
 // the tens digit, sixteen operands given the first index. a, b and what is transposed are the four operands after d.
 #define FASTRES_TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
 #define FASTRES_NAMES_4 "%0,%1,%2,%3"
 #define FASTRES_NAMES_32 FASTRES_TEN() "," FASTRES_TEN(1) "," FASTRES_TEN(2) ",%30,%31"
+#define FASTRES_NAMES_64                                                                            \
+  FASTRES_TEN() "," FASTRES_TEN(1) "," FASTRES_TEN(2) "," FASTRES_TEN(3) "," FASTRES_TEN(4) "," FASTRES_TEN(5) \
+  ",%60,%61,%62,%63"
 #define FASTRES_NAMES_128                                                                                          \
   FASTRES_TEN() "," FASTRES_TEN(1) "," FASTRES_TEN(2) "," FASTRES_TEN(3) "," FASTRES_TEN(4) "," FASTRES_TEN(5) "," \
   FASTRES_TEN(6) "," FASTRES_TEN(7) "," FASTRES_TEN(8) "," FASTRES_TEN(9) "," FASTRES_TEN(10) "," FASTRES_TEN(11)  \
@@ -114,6 +145,7 @@ FASTRES_DEVICE void wgmma_wait() {
 #define FASTRES_D_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FASTRES_D_16(i) FASTRES_D_4(i), FASTRES_D_4(i + 4), FASTRES_D_4(i + 8), FASTRES_D_4(i + 12)
 #define FASTRES_D_32 FASTRES_D_16(0), FASTRES_D_16(16)
+#define FASTRES_D_64 FASTRES_D_16(0), FASTRES_D_16(16), FASTRES_D_16(32), FASTRES_D_16(48)
 #define FASTRES_D_128                                                                                        \
   FASTRES_D_16(0), FASTRES_D_16(16), FASTRES_D_16(32), FASTRES_D_16(48), FASTRES_D_16(64), FASTRES_D_16(80), \
   FASTRES_D_16(96), FASTRES_D_16(112)
@@ -129,6 +161,8 @@ FASTRES_DEVICE void wgmma_wait() {
       FASTRES_WGMMA(type, "8", FASTRES_NAMES_4, "%4", "%5", "%6", "%7", FASTRES_D_4(0));           \
     } else if constexpr (N == 64) {                                                                \
       FASTRES_WGMMA(type, "64", FASTRES_NAMES_32, "%32", "%33", "%34", "%35", FASTRES_D_32);       \
+    } else if constexpr (N == 128) {                                                               \
+      FASTRES_WGMMA(type, "128", FASTRES_NAMES_64, "%64", "%65", "%66", "%67", FASTRES_D_64);      \
     } else {                                                                                       \
       FASTRES_WGMMA(type, "256", FASTRES_NAMES_128, "%128", "%129", "%130", "%131", FASTRES_D_128); \
     }                                                                                              \
@@ -139,7 +173,7 @@ FASTRES_DEVICE void wgmma_wait() {
 // j * 8 + lane % 4 * 2 + c.
 template <class T, int N, bool a_transposed, bool b_transposed>
 FASTRES_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
-  static_assert(N == 8 || N == 64 || N == 256);
+  static_assert(N == 8 || N == 64 || N == 128 || N == 256);
   if constexpr (std::is_same_v<T, bfloat16>) {
     FASTRES_WGMMA_OF("bf16");
   } else {
@@ -150,10 +184,12 @@ FASTRES_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
 #undef FASTRES_TEN
 #undef FASTRES_NAMES_4
 #undef FASTRES_NAMES_32
+#undef FASTRES_NAMES_64
 #undef FASTRES_NAMES_128
 #undef FASTRES_D_4
 #undef FASTRES_D_16
 #undef FASTRES_D_32
+#undef FASTRES_D_64
 #undef FASTRES_D_128
 #undef FASTRES_WGMMA
 #undef FASTRES_WGMMA_OF

@@ -1,7 +1,7 @@
 // D[m, n] = sum_k A[m, k] B[k, n] on Hopper, the rows m being pixels: projection_fprop (A = x_s, B = weight^T) and
 // projection_dgrad (A = [x_s | g], B = [v; u]).
 //
-// A tile is a box of up to 128 pixels by 256 or 64 columns. One block runs on each multiprocessor and takes one tile
+// A tile is a box of up to 128 pixels by 256, 128 or 64 columns. One block runs on each multiprocessor and takes one tile
 // after another: while sums are written, the copies of the next tile are under way.
 #include "hopper_tiles.cuh"
 
@@ -17,7 +17,7 @@ struct Operands {
 struct RowParameters {
   Operands operands[2];
   const float* first_scale;    // one number by which the first operands' product is multiplied, or null
-  const float *scale, *shift;  // [N] or null
+  const float *scale, *shift;  // [N]; for dgrad there is no scale, and shift may be null
   Pixels addend, relu_input;   // may be none
   bool relu;
   Pixels out;
@@ -50,31 +50,37 @@ FASTRES_DEVICE void add(float (&v)[8], const uint4& more) {
   }
 }
 
-// A thread's sums of the tile at `corner` and `column`, from registers to memory.
-template <class T, int width>
-FASTRES_DEVICE void write_sums(const RowParameters& p, float (&sum)[width / 2], const Pixel& corner, uint32_t column) {
+// A thread's sums of `width` columns from `column` on, of the box at `corner`, from registers to memory. All that it reads
+// is asked for before it is used: per-channel numbers in front of the first store, which they might alias, and what a row
+// adds in front of that row's.
+template <class T, int width, bool scaled>
+FASTRES_DEVICE void write_sums(const RowParameters& p, float* sum, const Pixel& corner, uint32_t column) {
+  constexpr int pairs = width / 8, chunks = width / 32;
   const uint32_t thread = thread_index();
-  FASTRES_UNROLL
-  for (int j = 0; j < width / 8; ++j) {
-    const uint32_t c = column + j * 8 + thread % 4 * 2;
-    if (c >= p.columns) continue;
-    float2 scale{1, 1}, shift{0, 0};
-    if (p.scale) scale = load_global(reinterpret_cast<const float2*>(p.scale + c));
-    if (p.shift) shift = load_global(reinterpret_cast<const float2*>(p.shift + c));
+  if (scaled || p.shift) {
+    float2 scale[pairs], shift[pairs];
     FASTRES_UNROLL
-    for (int i = j * 4; i < j * 4 + 4; i += 2) {
-      sum[i] = sum[i] * scale.x + shift.x;
-      sum[i + 1] = sum[i + 1] * scale.y + shift.y;
+    for (int j = 0; j < pairs; ++j) {
+      const uint32_t c = column + j * 8 + thread % 4 * 2;
+      const uint32_t at = c < p.columns ? c : 0;  // what lies beyond the last is not written: any number will do
+      if constexpr (scaled) scale[j] = load_global(reinterpret_cast<const float2*>(p.scale + at));
+      shift[j] = load_global(reinterpret_cast<const float2*>(p.shift + at));
+    }
+    FASTRES_UNROLL
+    for (int j = 0; j < pairs; ++j) {
+      FASTRES_UNROLL
+      for (int i = j * 4; i < j * 4 + 4; i += 2) {
+        if constexpr (scaled) sum[i] *= scale[j].x, sum[i + 1] *= scale[j].y;
+        sum[i] += shift[j].x, sum[i + 1] += shift[j].y;
+      }
     }
   }
   // In wgmma's layout four lanes hold 32 columns of a row in pairs; transposed, each of them holds eight neighbours.
-  constexpr int chunks = width / 32;
   const uint32_t first = column + thread % 4 * 8;
   FASTRES_UNROLL
   for (int h = 0; h < 2; ++h) {
     const Pixel pixel = pixel_of(p.boxes, corner, thread / 32 * 16 + h * 8 + thread % 32 / 4);
     const bool there = exists(p.boxes, corner, pixel);
-    // All loads of the row come before its stores, which they might alias, so that they are under way together.
     uint4 addend[chunks], relu_input[chunks];
     const T* addend_row = static_cast<const T*>(p.addend.data) + offset_of(p.addend, pixel);
     const T* relu_row = static_cast<const T*>(p.relu_input.data) + offset_of(p.relu_input, pixel);
@@ -169,6 +175,7 @@ row_products_kernel(FASTRES_PARAMETER RowParameters p) {
             wgmma<T, width, false, b_transposed>(sum, a, b);
           }
         });
+        wgmma_done(sum);
         if (source == 0 && p.first_scale) {
           const float scale = load_global(p.first_scale);
           FASTRES_UNROLL
@@ -176,7 +183,12 @@ row_products_kernel(FASTRES_PARAMETER RowParameters p) {
         }
       }
       const uint32_t box = tile / p.column_tiles;
-      write_sums<T, width>(p, sum, corner_of(p.boxes, box), (tile - box * p.column_tiles) * width);
+      const uint32_t column = (tile - box * p.column_tiles) * width;
+      constexpr int part = width < 128 ? width : 128;  // columns whose numbers the registers can hold beside the sums
+      FASTRES_UNROLL
+      for (int first = 0; first < width; first += part) {
+        write_sums<T, part, !b_transposed>(p, sum + first / 2, corner_of(p.boxes, box), column + first);
+      }
     }
   }
 }
@@ -185,17 +197,21 @@ template <class T, int width, bool b_transposed>
 const char* run(RowParameters& p, void* stream) {
   p.column_tiles = static_cast<uint32_t>(divide_up(p.columns, width));
   p.tiles = p.boxes.count * p.column_tiles;
-  p.blocks = p.tiles < multiprocessors ? p.tiles : multiprocessors;
+  const int64_t most = multiprocessors();
+  p.blocks = p.tiles < most ? p.tiles : static_cast<uint32_t>(most);
   return launch(row_products_kernel<T, width, b_transposed>, p.blocks, threads, Pipeline<width>::shared_bytes, stream,
                 p);
 }
 
+template <class T, bool b_transposed>
+const char* choose(RowParameters& p, void* stream) {
+  if (p.columns <= 64) return run<T, 64, b_transposed>(p, stream);
+  return p.columns <= 128 ? run<T, 128, b_transposed>(p, stream) : run<T, 256, b_transposed>(p, stream);
+}
+
 template <bool b_transposed>
 const char* choose(Dtype dtype, RowParameters& p, void* stream) {
-  if (dtype == Dtype::bfloat16) {
-    return p.columns <= 64 ? run<bfloat16, 64, b_transposed>(p, stream) : run<bfloat16, 256, b_transposed>(p, stream);
-  }
-  return p.columns <= 64 ? run<float16, 64, b_transposed>(p, stream) : run<float16, 256, b_transposed>(p, stream);
+  return dtype == Dtype::bfloat16 ? choose<bfloat16, b_transposed>(p, stream) : choose<float16, b_transposed>(p, stream);
 }
 
 bool supported(const Shape& s) { return s.rows() > 0 && s.c > 0 && s.c % 8 == 0 && s.k > 0 && s.k % 8 == 0; }

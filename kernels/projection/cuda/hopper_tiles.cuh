@@ -15,10 +15,6 @@ constexpr int copier_registers = 40, multiplier_registers = 232;
 // A block of a tile in shared memory: 64 rows of 64 elements.
 constexpr uint32_t block_side = 64, block_bytes = 64 * 128;
 
-// Blocks that run at a time, one on each multiprocessor of an H100 or H200. Fixed, so that the order of sums does not
-// depend on the GPU.
-constexpr int64_t multiprocessors = 132;
-
 // Output pixels are copied, and sums written, in boxes of w x h x n of them. Boxes at the edges stand over.
 struct Boxes {
   Divisor w, h;

@@ -103,6 +103,12 @@ inline bool aligned(const Pixels& p) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Rows. Tensor cores truncate what they add up, so sums of squares come out too small, the more the longer they are:
+// docs/arithmetic.md, "The projection shortcut on a GPU".
+constexpr int64_t longest_symmetric_split = 4096;
+
 // 227 KiB on compute capability 9.0, 163 on 8.0, but 99 on 8.6, 8.9 and 12.0.
 constexpr uint32_t shared_bytes_everywhere = 99 * 1024;
 

@@ -30,7 +30,7 @@ const char* choose(const WgradArguments& a, void* stream) {
 
 int64_t wgrad_workspace(const Shape& s) {
   const int64_t tiles = divide_up(s.k, 128) * divide_up(s.c, s.c <= 64 ? 64 : 128);
-  return splits_of(s.rows(), tiles) * s.k * (s.c + 1);
+  return splits_of(s.rows(), tiles, false) * s.k * (s.c + 1);
 }
 
 const char* wgrad(const WgradArguments& a, void* stream) {
