@@ -61,7 +61,7 @@ PIECES = (
     Piece("info", ("-m", "fastres", "info"), 0.5),
     Piece("verify", ("-m", "fastres", "verify"), 1.5),
     Piece("tests", ("-m", "pytest", "tests", "-q", "-m", "gpu", *_IN_PARALLEL), 3),
-    Piece("sanitizer", ("benchmarks/sanitizer.py",), 0.7),
+    Piece("sanitizer", ("benchmarks/sanitizer.py",), 1),
     _benchmarks("models", 4),
     _benchmarks("units", 1.5),
     _benchmarks("kernels", 1.5),

@@ -34,6 +34,8 @@ def offers(namespace: str, kernel: str, dtype: torch.dtype, device_type: str) ->
     """Whether a namespace that can run here has the kernel for activations of this dtype on this type of device."""
     if not hasattr(load(namespace), kernel):
         return False
+    if namespace == "triton":
+        return device_type == "cuda" and dtype != torch.float64
     if namespace == "projection" and device_type == "cpu":
         return dtype != torch.float16 and kernel != "projection_conv"
     if namespace.startswith("projection"):

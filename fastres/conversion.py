@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 
 from . import backends
-from .nn import blocks, conv_bn_relu, stem
+from .nn import blocks, conv_bn_relu, projection, stem
 from .nn.fused import FusedModule, fused_class
 
 GRANULARITIES = ("auto", "block")
@@ -151,7 +151,13 @@ def _known_classes() -> dict[type[nn.Module], type[FusedModule]]:
     """Each stock class with its fused class. torchvision's are known once the program has imported them."""
     known: dict[type[nn.Module], type[FusedModule]] = {
         fused.stock_class: fused
-        for fused in (blocks.BasicBlock, blocks.Bottleneck, conv_bn_relu.ConvBNReLU2d, stem.Stem)
+        for fused in (
+            blocks.BasicBlock,
+            blocks.Bottleneck,
+            conv_bn_relu.ConvBNReLU2d,
+            projection.Projection,
+            stem.Stem,
+        )
     }
     models = sys.modules.get("fastres.models.resnet")
     if models is not None:

@@ -110,14 +110,12 @@ def _resolve_projection(dtype: torch.dtype, device_type: str) -> SimpleNamespace
 
 
 def _extension_on_gpu(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether the extension's CUDA kernels run there; on the meta device, which stands for a GPU, they do."""
+    """Whether the extension's CUDA kernels run there; on the meta device, which stands for a GPU, if it is built."""
+    if backends.reason("projection") is not None:
+        return False
     if device_type == "meta":
         return dtype in (torch.bfloat16, torch.float16)
-    return (
-        device_type == "cuda"
-        and backends.reason("projection") is None
-        and backends.offers("projection", "projection_gram", dtype, "cuda")
-    )
+    return device_type == "cuda" and backends.offers("projection", "projection_gram", dtype, "cuda")
 
 
 def _preference(dtype: torch.dtype, device_type: str, backend: str) -> tuple[str, ...]:

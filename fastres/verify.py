@@ -109,7 +109,7 @@ def _place(backend: str, kernels: Sequence[str], dtype: torch.dtype, device: tor
 
 def _units() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
     """A factory and the shape of an input for every kind of fused module."""
-    from .nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stem, make_shortcut
+    from .nn import BasicBlock, Bottleneck, ConvBNReLU2d, Projection, Stem, make_shortcut
 
     def block(cls, in_channels, planes, stride=1, option="B"):
         out_channels = planes * cls.expansion
@@ -125,6 +125,7 @@ def _units() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
         "Bottleneck, projection, stride 2": (block(Bottleneck, 24, 16, 2), (4, 24, 9, 8)),
         "ConvBNReLU2d": (lambda: ConvBNReLU2d(24, 40), (4, 24, 9, 8)),
         "ConvBNReLU2d 1x1, stride 2": (lambda: ConvBNReLU2d(24, 40, 1, 2), (4, 24, 9, 8)),
+        "Projection, stride 2": (lambda: Projection(24, 40, 2), (4, 24, 9, 8)),
         "Stem": (lambda: Stem(3, 24), (4, 3, 33, 30)),
     }
 

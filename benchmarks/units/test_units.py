@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 
 from fastres.measure import training
-from fastres.measure.shapes import BLOCKS
-from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stem, make_shortcut
+from fastres.measure.shapes import BLOCKS, PROJECTIONS
+from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Projection, Stem, make_shortcut
 
 # size, channels, planes and stride of ResNet-18's blocks
 BASIC_BLOCKS = {
@@ -61,6 +61,19 @@ def test_basic_block(layer, measure_unit):
         return BasicBlock(channels, planes, stride, make_shortcut("B", channels, planes, stride))
 
     measure_unit(f"BasicBlock {layer}", make, channels, size)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(pytest.param(f"resnet50 layer{i}", marks=pytest.mark.core("cuda")) for i in (1, 2, 3)),
+        *(name for name in PROJECTIONS if name not in [f"resnet50 layer{i}" for i in (1, 2, 3)]),
+    ],
+)
+def test_projection(layer, measure_unit):
+    """By the plan; benchmarks/kernels/test_projection.py measures every way."""
+    size, channels, outputs, stride = PROJECTIONS[layer]
+    measure_unit(f"Projection {layer}", lambda: Projection(channels, outputs, stride), channels, size)
 
 
 @pytest.mark.core("cuda", "cpu")

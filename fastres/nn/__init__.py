@@ -6,6 +6,7 @@ state_dict, and `fastres.convert` and `fastres.revert` swap one for the other.
 
 from .blocks import BasicBlock, Bottleneck, StockBasicBlock, StockBottleneck
 from .conv_bn_relu import ConvBNReLU2d, StockConvBNReLU2d
+from .projection import Projection, StockProjection
 from .shortcuts import ZeroPadShortcut, make_shortcut, projection_shortcut
 from .stem import Stem, StockStem
 
@@ -13,10 +14,12 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ConvBNReLU2d",
+    "Projection",
     "Stem",
     "StockBasicBlock",
     "StockBottleneck",
     "StockConvBNReLU2d",
+    "StockProjection",
     "StockStem",
     "ZeroPadShortcut",
     "make_shortcut",

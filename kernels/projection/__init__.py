@@ -15,6 +15,7 @@ The library is built with the package (setup.py) and loaded on the first call; `
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 from pathlib import Path
@@ -62,7 +63,8 @@ def available() -> str | None:
 def cuda_available() -> str | None:
     """None when the library has kernels that run on every GPU that torch sees, of which there is one, else the reason.
 
-    A GPU runs machine code of its own generation, as new as itself or older, and PTX of any older one.
+    A GPU runs machine code of its own generation, as new as itself or older, and PTX of any older one. The driver must
+    be of nvcc's CUDA release or a newer one, whichever torch itself was built with.
     """
     reason = available()
     if reason is not None:
@@ -74,6 +76,12 @@ def cuda_available() -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    driver, needed = _driver_version(), int(build["nvcc"].split(".")[0])
+    if driver is not None and driver[0] < needed:
+        return (
+            f"built by nvcc {build['nvcc']} for drivers of CUDA {needed}, this one is of CUDA {driver[0]}.{driver[1]}: "
+            f"update it, or install the package again with an older nvcc first on PATH"
+        )
     architectures = build["cuda_architectures"]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
@@ -83,6 +91,16 @@ def cuda_available() -> str | None:
                 f"{', '.join(architectures)} (CUDAARCHS chooses others when the package is installed)"
             )
     return None
+
+
+def _driver_version() -> tuple[int, int] | None:
+    """The CUDA release that the driver supports; None where it does not say."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (version.value // 1000, version.value % 1000 // 10)
 
 
 def build_outcome() -> dict:

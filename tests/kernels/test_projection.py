@@ -396,6 +396,7 @@ def test_importing_does_not_load_the_library():
 
 
 BUILT = {"built": True, "reason": None, "library": "lib.so", "torch": "2.11.0", "cuda": None, "cuda_architectures": []}
+BUILT |= {"nvcc": "13.0.88"}
 
 
 def test_available_says_why_not(tmp_path, monkeypatch):
@@ -428,6 +429,7 @@ def on_gpus(monkeypatch):
         monkeypatch.setattr(projection, "available", lambda: None)
         monkeypatch.setattr(projection, "build_outcome", lambda: BUILT | build)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(projection, "_driver_version", lambda: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
@@ -483,6 +485,38 @@ def test_the_hopper_path_is_for_its_own_gpus(on_gpus, monkeypatch):
 
 def test_every_gpu_must_be_served(on_gpus):
     assert on_gpus({"cuda_architectures": DEFAULT}, (9, 0), (7, 5)).startswith("cuda:1 has compute capability 7.5")
+
+
+@pytest.mark.parametrize("driver", [(12, 9), (13, 0), (14, 1)])
+def test_the_driver_must_be_as_new_as_nvcc(on_gpus, monkeypatch, driver):
+    assert on_gpus({"cuda_architectures": DEFAULT}, (9, 0)) is None  # a driver that does not say
+    monkeypatch.setattr(projection, "_driver_version", lambda: driver)
+    reason = projection.cuda_available.__wrapped__()
+    if driver < (13, 0):
+        assert reason.startswith("built by nvcc 13.0.88 for drivers of CUDA 13, this one is of CUDA 12.9: update it")
+    else:
+        assert reason is None
+
+
+class Driver:
+    def __init__(self, failed=0):
+        self.failed = failed
+
+    def cuDriverGetVersion(self, version):
+        version._obj.value = 12090
+        return self.failed
+
+
+def test_driver_version(monkeypatch):
+    for driver, version in ((Driver(), (12, 9)), (Driver(failed=3), None), (object(), None)):
+        monkeypatch.setattr(projection.ctypes, "CDLL", lambda name, driver=driver: driver)
+        assert projection._driver_version() == version
+
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(projection.ctypes, "CDLL", missing)
+    assert projection._driver_version() is None
 
 
 def test_cuda_available_says_why_not(on_gpus, monkeypatch):

@@ -61,7 +61,9 @@ def test_every_namespace_that_has_the_kernel_is_a_variant(monkeypatch):
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda name: modules.get(name) or load(name))
     f32, f16, cuda = torch.float32, torch.float16, torch.device("cuda")
-    assert kernels.namespaces(["bn_act"], f32, CPU) == ["library", "triton"]
+    assert kernels.namespaces(["bn_act"], f32, cuda) == ["library", "triton"]
+    assert kernels.namespaces(["bn_act"], f32, CPU) == ["library"]
+    assert kernels.namespaces(["bn_act"], torch.float64, cuda) == ["library"]
     assert kernels.namespaces(["conv1x1"], f32, CPU) == ["library"]
     assert kernels.namespaces(["gram_bwd"], f32, CPU) == ["reference"]
     available["projection"] = None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stem, make_shortcut
+from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Projection, Stem, make_shortcut
 
 
 def basic(stride=1, shortcut="B", channels=(6, 6), **bn):
@@ -43,6 +43,8 @@ MODULES = {
     "conv_bn_relu 3x3": (functools.partial(ConvBNReLU2d, 3, 7), 3, "conv_bn_relu"),
     "conv_bn_relu 5x5 grouped": (functools.partial(ConvBNReLU2d, 4, 6, 5, 2, 2, 2), 4, "conv_bn_relu"),
     "conv_bn_relu 1x1": (functools.partial(ConvBNReLU2d, 3, 5, 1, 2), 3, "conv_bn_relu"),
+    "projection": (functools.partial(Projection, 4, 7, 2), 4, "projection"),
+    "projection stride 1": (functools.partial(Projection, 4, 7), 4, "projection"),
     "stem": (functools.partial(Stem, 3, 5), 3, "stem"),
     "stem grey": (functools.partial(Stem, 1, 5), 1, "stem"),
 }

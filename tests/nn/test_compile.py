@@ -10,12 +10,13 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stem, ZeroPadShortcut, projection_shortcut
+from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Projection, Stem, ZeroPadShortcut, projection_shortcut
 
 MODULES = {
     "basic_block": lambda: BasicBlock(4, 6, 2, ZeroPadShortcut(4, 6, 2)),
     "bottleneck": lambda: Bottleneck(4, 2, 2, projection_shortcut(4, 8, 2)),
     "conv_bn_relu": lambda: ConvBNReLU2d(4, 6),
+    "projection": lambda: Projection(4, 6, 2),
     "stem": lambda: Stem(4, 6),
 }
 
