@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import backends, cases
 from .numerics import ThreeWay, three_way
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 SEEDS = 4
 
 Named = dict[str, Tensor]
@@ -31,11 +31,13 @@ Named = dict[str, Tensor]
 class Row:
     """One check. name: the case or the unit. backend: the namespace of the kernels, or "auto" for a unit.
 
+    device: the type of the one that it ran on.
     results: what was compared, by name; empty where the check itself failed, for the reason in `error`.
     """
 
     name: str
     backend: str
+    device: str
     dtype: torch.dtype
     results: dict[str, ThreeWay]
     error: str | None = None
@@ -56,17 +58,21 @@ def main(arguments=None) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     rows = run(device)
+    dtypes = DTYPES[device.type]
     for title, of_units in (("Kernels", False), ("Units", True)):
-        columns = ["check", "backend", *map(_dtype_name, DTYPES), "result"]
-        cells = _cells([row for row in rows if (row.backend == "auto") == of_units])
+        columns = ["check", "backend", *map(_dtype_name, dtypes), "result"]
+        cells = _cells([row for row in rows if (row.backend == "auto") == of_units], device.type, dtypes)
         print_table(f"{title} on {device}: the largest error, in percent of what is allowed", columns, cells)
     for name, reason in backends.available().items():
         if reason is not None:
             print(f"not checked: backend {name}: {reason}")
+    extension = backends.load("projection")
+    if device.type == "cuda" and extension.available() is None and extension.cuda_available() is not None:
+        print(f"not checked: the CUDA kernels of backend projection: {extension.cuda_available()}")
     failed = [row for row in rows if not row.ok]
     for row in failed:
         for what in [row.error] if row.error else [f"{n}: {r}" for n, r in row.results.items() if not r.ok]:
-            print(f"FAILED {row.name}, {row.backend}, {_dtype_name(row.dtype)}: {what}")
+            print(f"FAILED {row.name}, {row.backend}, {row.device}, {_dtype_name(row.dtype)}: {what}")
     print(f"{len(rows) - len(failed)} of {len(rows)} checks passed")
     return 1 if failed else 0
 
@@ -86,7 +92,7 @@ def _kernel_rows(device: torch.device) -> Iterator[Row]:
             k = SimpleNamespace(
                 **{name: getattr(backends.load(backend), name, getattr(reference, name)) for name in reference.__all__}
             )
-            for dtype in DTYPES:
+            for dtype in DTYPES[device.type]:
                 where = _place(backend, case.kernels, dtype, device)
                 if where is None:
                     continue
@@ -96,7 +102,7 @@ def _kernel_rows(device: torch.device) -> Iterator[Row]:
                     exact = case.run(reference, cases.exact_inputs(t))
                     return case.run(k, cases.copied(t)), case.stock(cases.copied(t)), exact
 
-                yield _row(case.name, backend, dtype, run)
+                yield _row(case.name, backend, where, dtype, run)
 
 
 def _place(backend: str, kernels: Sequence[str], dtype: torch.dtype, device: torch.device) -> torch.device | None:
@@ -133,7 +139,7 @@ def _units() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
 def _unit_rows(device: torch.device) -> Iterator[Row]:
     for name, (factory, shape) in _units().items():
         for mode in ("training", "eval"):
-            for dtype in DTYPES:
+            for dtype in DTYPES[device.type]:
 
                 def run(seed, factory=factory, shape=shape, mode=mode, dtype=dtype) -> tuple[Named, Named, Named]:
                     fused, x, g = _unit(factory, shape, mode == "training", dtype, seed)
@@ -141,7 +147,7 @@ def _unit_rows(device: torch.device) -> Iterator[Row]:
                     fused, x, g = (t.to(device) for t in (fused, x, g))
                     return _run_fused(fused, x, g), _run_module(_stock(fused), x, g), exact
 
-                yield _row(f"{name}, {mode}", "auto", dtype, run)
+                yield _row(f"{name}, {mode}", "auto", device, dtype, run)
 
 
 def _unit(factory, shape, training: bool, dtype: torch.dtype, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -194,7 +200,13 @@ def _run_module(module: nn.Module, x: Tensor, g: Tensor) -> Named:
     return results | dict(module.named_buffers())
 
 
-def _row(name: str, backend: str, dtype: torch.dtype, run: Callable[[int], tuple[Named, Named, Named]]) -> Row:
+def _row(
+    name: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    run: Callable[[int], tuple[Named, Named, Named]],
+) -> Row:
     """The check of what `run(seed)` gives: our results, stock's and the exact ones."""
     try:
         ours, stock, exact = zip(*map(run, range(SEEDS)), strict=True)
@@ -205,19 +217,25 @@ def _row(name: str, backend: str, dtype: torch.dtype, run: Callable[[int], tuple
             made, by_stock, right = (torch.cat([t[result].flatten() for t in runs]) for runs in (ours, stock, exact))
             results[result] = three_way(made, by_stock, right.double(), dtype)
     except Exception as error:  # a check that cannot run is a failed check, and the others still run
-        return Row(name, backend, dtype, {}, f"{type(error).__name__}: {error}")
-    return Row(name, backend, dtype, results)
+        return Row(name, backend, device.type, dtype, {}, f"{type(error).__name__}: {error}")
+    return Row(name, backend, device.type, dtype, results)
 
 
-def _cells(rows: list[Row]) -> list[list[str]]:
-    checks: dict[tuple[str, str], list[Row]] = {}
+def _cells(rows: list[Row], device: str, dtypes: Sequence[torch.dtype]) -> list[list[str]]:
+    """A line for each check of a backend; what did not run on `device` is told apart."""
+    checks: dict[tuple[str, str], dict[torch.dtype, Row]] = {}
     for row in rows:
-        checks.setdefault((row.name, row.backend), []).append(row)
+        backend = row.backend if row.device == device else f"{row.backend} ({row.device})"
+        checks.setdefault((row.name, backend), {})[row.dtype] = row
     cells = []
-    for (name, backend), by_dtype in checks.items():
-        shares = ["-" if row.error else f"{100 * row.share:.0f} %" for row in by_dtype]
-        cells.append([name, backend, *shares, "ok" if all(row.ok for row in by_dtype) else "FAILED"])
+    for (name, backend), found in checks.items():
+        shares = ["" if dtype not in found else _share(found[dtype]) for dtype in dtypes]
+        cells.append([name, backend, *shares, "ok" if all(row.ok for row in found.values()) else "FAILED"])
     return cells
+
+
+def _share(row: Row) -> str:
+    return "-" if row.error else f"{100 * row.share:.0f} %"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -81,7 +81,7 @@ def test_a_wrong_kernel_fails(change, kernels_only, capsys, monkeypatch):
     monkeypatch.setattr(library, "bn_act", lambda *args, **kwargs: change(right(*args, **kwargs)))
     assert verify.main() == 1
     out = capsys.readouterr().out
-    assert "FAILED bn_act, shortcut identity, ReLU, library, float32: out: error" in out
+    assert "FAILED bn_act, shortcut identity, ReLU, library, cpu, float32: out: error" in out
     assert "bn_act, shortcut identity, ReLU, reference" not in out
 
 

@@ -37,7 +37,7 @@ def small_product(a: Tensor, b: Tensor) -> Tensor:
     On a GPU float32 products are TF32's where the user has allowed that for the sake of a network in float32; batch
     statistics and what backward forms from them bear no 11-bit factors, in any dtype. So they are float64's there.
     """
-    if a.dtype == torch.float32 and a.device.type != "cpu":
+    if a.dtype == torch.float32 and a.is_cuda:
         return (a.double() @ b.double()).float()
     return a @ b
 

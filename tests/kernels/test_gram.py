@@ -90,13 +90,15 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_products_on_a_gpu_are_not_left_to_tf32(dtype):
-    """On the meta device, which stands for a GPU."""
-    moments = Gram(*(torch.empty(size, device="meta") for size in ((K, K), (K,), (K,))))
-    weight, vector = torch.empty(N, K, dtype=dtype, device="meta"), torch.empty(N, device="meta")
+def test_no_product_on_a_gpu_is_left_to_tf32(dtype, monkeypatch):
+    """With `small_product` as it is there, no product of matrices is left in float32."""
+    monkeypatch.setitem(reference.gram_bwd.__globals__, "small_product", lambda a, b: (a.double() @ b.double()).float())
+    _, _, weight, finalized = inputs(dtype)
+    moments = Gram(torch.eye(K), torch.ones(K), torch.zeros(K))
     with Products() as products:
-        bn, mean, scatter = reference.gram_finalize(moments, ROWS, weight, *[vector] * 4, None, 0.1, 1e-5)
-        reference.gram_bwd(torch.empty(N, K, device="meta"), vector, weight, bn, ROWS, mean, scatter)
+        reference.gram_finalize(moments, ROWS, weight, *[torch.ones(N)] * 4, None, 0.1, 1e-5)
+        bn, mean, scatter = finalized
+        reference.gram_bwd(torch.ones(N, K), torch.ones(N), weight, bn, ROWS, mean, scatter)
     assert products.dtypes == [torch.float64] * 3
 
 
