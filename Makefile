@@ -63,7 +63,8 @@ $(INSTALLED): $(INSTALL_INPUTS)
 	    else suffix= extras=lint,test,train; fi; \
 	    $(PY) -m pip install --quiet -c constraints$$suffix.txt --no-build-isolation -e ".[$$extras]"; \
 	fi
-	@$(PY) -c "from fastres.kernels import projection; print('fastres: extension', projection.available() or 'built')"
+	@$(PY) -c "from fastres.kernels import projection as p; print('fastres: extension', p.available() or 'built', \
+	    'without CUDA kernels: ' + p.build_outcome()['cuda'] if p.build_outcome().get('cuda') else '')"
 	@touch $@
 
 .PHONY: help demo test lint bench static mutants gpu clean

@@ -1,4 +1,8 @@
-"""The projection kernels by TMA and wgmma, for GPUs of compute capability 9.0. No plan chooses them yet."""
+"""The projection kernels by TMA and wgmma, for GPUs of compute capability 9.0. No plan chooses them yet.
+
+What this path has no form for (a masked g, channels that are no multiples of 8, memory that is not aligned to 16 bytes)
+its functions hand to the portable kernels.
+"""
 
 from __future__ import annotations
 

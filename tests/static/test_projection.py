@@ -1,5 +1,6 @@
 """The extension's CUDA kernels as they are installed: registers, stack frames and spills, read from the library itself.
 
+That nvcc refused them, or that the library is older than its sources, is a failure.
 ptxas writes what it allocated into the machine code, where cuobjdump finds it in no time; a compilation for the tests
 would take as long as the build and show another compilation's figures. Spilled registers are in the stack frame, and
 read and written by LDL and STL.
@@ -62,10 +63,16 @@ def spills(binary: Path, architecture: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    reason = projection.available() or projection.build_outcome()["cuda"]
+    build = projection.build_outcome()
+    reason = build.get("reason", "it was not installed") or build["cuda"]
     if reason is not None:
-        pytest.skip(f"the extension has no CUDA kernels: {reason}")
-    return Path(projection.__file__).with_name(projection.build_outcome()["library"])
+        refused = " failed: " in reason  # setup.py's words for a compiler that is there
+        (pytest.fail if refused else pytest.skip)(f"the extension has no CUDA kernels: {reason}")
+    library = Path(projection.__file__).with_name(build["library"])
+    sources = [path for path in library.parent.rglob("*") if path.suffix in (".cu", ".cuh", ".h")]
+    newer = [path.name for path in sources if path.stat().st_mtime > library.stat().st_mtime]
+    assert not newer, f"{', '.join(newer)} changed since the extension was built: python setup.py build_ext --inplace"
+    return library
 
 
 @pytest.fixture(scope="module")
