@@ -67,6 +67,36 @@ def assert_three_way(name: str, ours: Tensor, stock: Tensor, exact: Tensor, dtyp
     assert result.ok, f"{name} ({dtype}): {result}"
 
 
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the distance from 1 to the next number: what one rounding costs at most, relatively."""
+    return torch.finfo(dtype).eps / 2
+
+
+def assert_sums(ours: Tensor, exact: Tensor, magnitudes: Tensor, additions: int) -> None:
+    """Raise AssertionError, with the first wrong element, unless every element of `ours` is a sum within its bound.
+
+    That is `additions` roundings in the accumulation dtype of at most the sum of the magnitudes (Higham, Accuracy and
+    Stability of Numerical Algorithms, 2002, equation 3.5, with a margin for the few operations around the sum), then
+    one rounding to the dtype of `ours`, of half a subnormal where that is more.
+
+    exact, magnitudes: the sums, and the sums of their terms' magnitudes, float64, of the shape of `ours`.
+    """
+    wide = torch.float64 if ours.dtype == torch.float64 else torch.float32
+    bound = (additions + 6) * unit_roundoff(wide) * magnitudes
+    if ours.dtype != wide:
+        unit = unit_roundoff(ours.dtype)
+        bound = bound * (1 + unit) + unit * exact.abs() + torch.finfo(ours.dtype).smallest_normal * unit
+    if ours.shape != exact.shape:
+        raise AssertionError(f"the shape is {list(ours.shape)} instead of {list(exact.shape)}")
+    wrong = ~((ours.double() - exact).abs() <= bound)
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} elements are wrong, first {list(at)}: {ours[at]:.6g} instead of "
+            f"{exact[at]:.6g}, bound {bound[at]:.3g}"
+        )
+
+
 def relative_error(ours: Tensor, exact: Tensor) -> float:
     """||ours - exact|| / ||exact|| in float64; 0 for two zeros."""
     exact = exact.detach().double()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastres.numerics import assert_three_way, relative_error, three_way
+from fastres.numerics import assert_sums, assert_three_way, relative_error, three_way, unit_roundoff
 
 EXACT = torch.tensor([3.0, 4.0], dtype=torch.float64)  # norm 5
 
@@ -55,3 +55,23 @@ def test_relative_error():
     assert relative_error(off_by(0.5), EXACT) == pytest.approx(0.1)
     assert relative_error(EXACT.float(), EXACT) == 0
     assert relative_error(EXACT, 0 * EXACT) == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_sum_may_be_off_by_a_rounding_for_each_addition(dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    ours, magnitudes = torch.full((2, 2), 3.0, dtype=dtype), torch.full((2, 2), 500.0, dtype=torch.float64)
+    bound = 16 * unit_roundoff(wide) * 500
+    if dtype != wide:
+        bound += unit_roundoff(dtype) * 3
+    near, far = ours.double().clone(), ours.double().clone()
+    near[1, 0] += 0.9 * bound
+    far[1, 0] += 1.1 * bound
+    assert_sums(ours, near, magnitudes, 10)
+    with pytest.raises(AssertionError, match=r"1 of 4 elements are wrong, first \[1, 0\]: 3 instead of 3"):
+        assert_sums(ours, far, magnitudes, 10)
+    with pytest.raises(AssertionError, match=r"the shape is \[2\] instead of \[2, 2\]"):
+        assert_sums(ours[0], near, magnitudes, 10)
+    ours[1, 0] = math.nan
+    with pytest.raises(AssertionError, match="nan instead of 3"):
+        assert_sums(ours, near, magnitudes, 10)

@@ -10,6 +10,7 @@ from emulated import Kernels
 from torch import Tensor
 
 from fastres.kernels import reference
+from fastres.numerics import assert_sums, unit_roundoff
 
 # n, h, w, c, k, stride. Rows that no tile's size divides, single pixels, an empty batch, channels of no multiple of 8
 # and of less than a tile. Tiles of the depth are 32 wide, or 64 on Hopper, with stages for up to 4, or 8.
@@ -67,22 +68,22 @@ class Case:
         out = kernels.projection_fprop(t.x, t.weight, t.bn, t.stride, residual, relu, self.path, into)
         exact = reference.projection_fprop(*doubles(t.x, t.weight, t.bn), t.stride, double(residual), relu)
         magnitudes = reference.projection_fprop(*absolutes(t.x, t.weight, t.bn), t.stride, absolute(residual))
-        within(out, exact, magnitudes, t.c)
+        assert_sums(out, exact, magnitudes, t.c)
         return {"out": out}
 
     def _conv(self, kernels: Kernels, t: Inputs) -> dict[str, Tensor]:
         into = t.output() if self.layout != "dense" else None
         y, count, mean, m2 = kernels.projection_conv(t.x, t.weight, t.stride, self.path, into)
         exact, magnitudes = (t.rows(of(t.x)) @ of(t.weight).T for of in (double, absolute))
-        within(y.flatten(0, 2), exact, magnitudes, t.c)
+        assert_sums(y.flatten(0, 2), exact, magnitudes, t.c)
         check_statistics(y, count, mean, m2)
         return {"y": y, "count": count, "mean": mean, "m2": m2}
 
     def _gram(self, kernels: Kernels, t: Inputs) -> dict[str, Tensor]:
         gram, total = kernels.projection_gram(t.x, t.stride, self.path)
         rows = t.rows(t.x)
-        within(gram, rows.T @ rows, rows.abs().T @ rows.abs(), len(rows))
-        within(total, rows.sum(0), rows.abs().sum(0), len(rows))
+        assert_sums(gram, rows.T @ rows, rows.abs().T @ rows.abs(), len(rows))
+        assert_sums(total, rows.sum(0), rows.abs().sum(0), len(rows))
         expect(torch.equal(gram, gram.T), "gram is not symmetric")
         return {"gram": gram, "total": total}
 
@@ -91,10 +92,10 @@ class Case:
         p, total = kernels.projection_wgrad(t.g, t.x, t.stride, out, "sum" in self.words, self.path)
         exact = reference.projection_wgrad(*doubles(t.g, t.x), t.stride, double(out))
         magnitudes = reference.projection_wgrad(*absolutes(t.g, t.x), t.stride, double(out))
-        within(p, exact[0], magnitudes[0], t.g.shape[:3].numel())
+        assert_sums(p, exact[0], magnitudes[0], t.g.shape[:3].numel())
         if total is None:
             return {"p": p}
-        within(total, exact[1], magnitudes[1], t.g.shape[:3].numel())
+        assert_sums(total, exact[1], magnitudes[1], t.g.shape[:3].numel())
         return {"p": p, "sum": total}
 
     def _dgrad(self, kernels: Kernels, t: Inputs) -> dict[str, Tensor]:
@@ -111,7 +112,7 @@ class Case:
         before = t.dx.clone()
         kernels.projection_dgrad(t.dx, t.g, t.x, t.u, t.v, k, t.stride, out, relu, v_scale, self.path)
         strided = (slice(None), slice(None, None, t.stride), slice(None, None, t.stride))
-        within(t.dx[strided], exact[strided], magnitudes[strided], t.c + t.g.shape[3])
+        assert_sums(t.dx[strided], exact[strided], magnitudes[strided], t.c + t.g.shape[3])
         between = torch.ones(t.dx.shape, dtype=torch.bool)
         between[strided] = False
         expect(torch.equal(t.dx[between], before[between]), "dx changed between the strided pixels")
@@ -192,30 +193,6 @@ def absolutes(*tensors: Tensor) -> list[Tensor]:
     return [t.double().abs() for t in tensors]
 
 
-def unit(dtype: torch.dtype) -> float:
-    """Unit roundoff: half the distance from 1 to the next number."""
-    return torch.finfo(dtype).eps / 2
-
-
-def within(ours: Tensor, exact: Tensor, magnitudes: Tensor, additions: int) -> None:
-    """Elementwise: `additions` roundings in float32 of at most the sum of the magnitudes (Higham, Accuracy and
-    Stability of Numerical Algorithms, 2002, equation 3.5, with a margin for the few operations around the sum), then
-    one to ours' dtype, of half a subnormal where that is more.
-    """
-    bound = (additions + 6) * unit(torch.float32) * magnitudes
-    if ours.dtype != torch.float32:
-        tiny = torch.finfo(ours.dtype).smallest_normal * unit(ours.dtype)
-        bound = bound * (1 + unit(ours.dtype)) + unit(ours.dtype) * exact.abs() + tiny
-    expect(ours.shape == exact.shape, f"the shape is {list(ours.shape)} instead of {list(exact.shape)}")
-    wrong = ~((ours.double() - exact).abs() <= bound)
-    if wrong.any():
-        at = tuple(wrong.nonzero()[0].tolist())
-        raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.numel()} elements are wrong, first {list(at)}: {ours[at]:.6g} instead of "
-            f"{exact[at]:.6g}, bound {bound[at]:.3g}"
-        )
-
-
 def check_statistics(y: Tensor, count: Tensor, mean: Tensor, m2: Tensor) -> None:
     """Welford partials, combined in float64, against those of y, as it was rounded.
 
@@ -229,7 +206,7 @@ def check_statistics(y: Tensor, count: Tensor, mean: Tensor, m2: Tensor) -> None
         return
     weights = count.double()[:, None] / total
     ours = (weights * mean).sum(0)
-    roundings = (count.max().double() + 12) * unit(torch.float32)
+    roundings = (count.max().double() + 12) * unit_roundoff(torch.float32)
     of_mean = roundings * rows.abs().amax(0)
     expect(((ours - rows.mean(0)).abs() <= of_mean).all(), "the partials' means are wrong")
     exact = (rows - rows.mean(0)).square().sum(0)

@@ -12,7 +12,8 @@ import torch
 
 from fastres.kernels import projection, reference
 from fastres.kernels.projection import hopper
-from fastres.numerics import assert_three_way, relative_error
+from fastres.kernels.reference._common import acc_dtype
+from fastres.numerics import assert_sums, assert_three_way, relative_error, unit_roundoff
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 # n, h, w, c, k: channels of no tile's size, single pixels, sizes that the stride does not divide, an empty batch.
@@ -29,15 +30,6 @@ SHAPES = [
     (1, 6, 5, 130, 33),
 ]
 needs_library = pytest.mark.skipif(projection.available() is not None, reason=str(projection.available()))
-
-
-def acc(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def unit(dtype):
-    """Unit roundoff: half the distance from 1 to the next number."""
-    return torch.finfo(dtype).eps / 2
 
 
 class Inputs:
@@ -58,10 +50,10 @@ class Inputs:
         )
         self.out = self.out.relu()
         self.weight = normal(k, c).to(dtype)
-        self.bn = normal(4, k).to(acc(dtype))
+        self.bn = normal(4, k).to(acc_dtype(dtype))
         self.dx = normal(n, h, w, c).to(dtype)
         self.u, self.v = normal(k, c).to(dtype), normal(c, c).to(dtype)
-        self.k = normal(c).to(acc(dtype))
+        self.k = normal(c).to(acc_dtype(dtype))
 
 
 def xs(t):
@@ -77,17 +69,6 @@ def rows(t):
 def masked(g, z):
     """g where a ReLU lets z pass."""
     return g.masked_fill(z <= 0, 0)
-
-
-def within(ours, exact, magnitudes, additions, dtype):
-    """Elementwise: `additions` roundings in acc of at most the sum of the magnitudes (Higham, Accuracy and Stability of
-    Numerical Algorithms, 2002, equation 3.5, with a margin for the few operations around the sum), then one to `dtype`.
-    """
-    bound = (additions + 6) * unit(acc(dtype)) * magnitudes
-    if ours.dtype == torch.bfloat16:
-        bound = bound * (1 + unit(dtype)) + unit(dtype) * exact.abs()
-    assert ours.shape == exact.shape
-    assert ((ours.double() - exact).abs() <= bound).all(), relative_error(ours, exact)
 
 
 @pytest.fixture
@@ -109,15 +90,15 @@ class TestDefinition:
     def test_gram(self, dtype, shape, stride):
         t = Inputs(dtype, shape, stride, mean=5.0)
         moments = projection.projection_gram(t.x, stride)
-        assert {m.dtype for m in moments} == {acc(dtype)}
+        assert {m.dtype for m in moments} == {acc_dtype(dtype)}
         rows = xs(t)
         if len(rows):
-            within(moments.pivot, rows[:64].mean(0), rows[:64].abs().mean(0), 64, acc(dtype))
+            assert_sums(moments.pivot, rows[:64].mean(0), rows[:64].abs().mean(0), 64)
         else:
             assert (moments.pivot == 0).all()
         centred = rows - moments.pivot.double()
-        within(moments.gram, centred.T @ centred, centred.abs().T @ centred.abs(), len(rows), acc(dtype))
-        within(moments.total, centred.sum(0), centred.abs().sum(0), len(rows), acc(dtype))
+        assert_sums(moments.gram, centred.T @ centred, centred.abs().T @ centred.abs(), len(rows))
+        assert_sums(moments.total, centred.sum(0), centred.abs().sum(0), len(rows))
         assert torch.equal(moments.gram, moments.gram.T)
 
     @pytest.mark.parametrize("with_residual, relu", [(False, False), (False, True), (True, True)])
@@ -130,7 +111,7 @@ class TestDefinition:
         magnitudes = xs(t).abs() @ t.weight.double().abs().T * scale.abs() + shift.abs()
         if with_residual:
             exact, magnitudes = exact + rows(t.residual), magnitudes + rows(t.residual).abs()
-        within(out.flatten(0, 2), exact.relu() if relu else exact, magnitudes, shape[3], dtype)
+        assert_sums(out.flatten(0, 2), exact.relu() if relu else exact, magnitudes, shape[3])
         if relu:
             assert (out >= 0).all()
 
@@ -139,10 +120,10 @@ class TestDefinition:
         t = Inputs(dtype, shape, stride)
         out = t.out if with_out else None
         p, total = projection.projection_wgrad(t.g, t.x, stride, out)
-        assert p.dtype == total.dtype == acc(dtype)
+        assert p.dtype == total.dtype == acc_dtype(dtype)
         g = masked(rows(t.g), rows(t.out)) if with_out else rows(t.g)
-        within(p, g.T @ xs(t), g.abs().T @ xs(t).abs(), len(g), acc(dtype))
-        within(total, g.sum(0), g.abs().sum(0), len(g), acc(dtype))
+        assert_sums(p, g.T @ xs(t), g.abs().T @ xs(t).abs(), len(g))
+        assert_sums(total, g.sum(0), g.abs().sum(0), len(g))
         same, nothing = projection.projection_wgrad(t.g, t.x, stride, out, with_sum=False)
         assert torch.equal(same, p) and nothing is None
 
@@ -164,7 +145,7 @@ class TestDefinition:
         exact, magnitudes = strided + added, strided.abs() + magnitudes
         if relu:
             exact, magnitudes = masked(exact, xs(t)), masked(magnitudes, xs(t))
-        within(ours, exact, magnitudes, shape[3] + shape[4], dtype)
+        assert_sums(ours, exact, magnitudes, shape[3] + shape[4])
         between = torch.ones(t.dx.shape[1:3], dtype=torch.bool)
         between[::stride, ::stride] = False
         assert torch.equal(t.dx[:, between], before[:, between])
@@ -210,8 +191,8 @@ def test_gram_keeps_the_variance_at_a_mean_of_a_thousand_standard_deviations(dty
     gram, total, pivot = projection.projection_gram(x, 2)
     count = len(rows)
     mean, covariance = pivot + total / count, gram / count - torch.outer(total, total) / count**2
-    assert relative_error(mean, rows.mean(0)) < 4 * unit(dtype)
-    assert relative_error(covariance, torch.cov(rows.T, correction=0)) < 32 * unit(dtype)
+    assert relative_error(mean, rows.mean(0)) < 4 * unit_roundoff(dtype)
+    assert relative_error(covariance, torch.cov(rows.T, correction=0)) < 32 * unit_roundoff(dtype)
 
 
 @needs_library
