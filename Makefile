@@ -28,7 +28,7 @@ lint: $(INSTALLED) ## run ruff
 bench: $(INSTALLED) ## run the benchmarks
 	@$(PY) -m pytest benchmarks
 
-static: $(INSTALLED) ## compile every Triton and CUDA kernel for every part, which make test does for two
+static: $(INSTALLED) ## judge every Triton and CUDA kernel for every part and dtype; make test leaves some out
 	@$(PY) -m pytest tests/static tests/kernels --all-parts
 
 mutants: $(INSTALLED) ## plant every known kind of fault in the CUDA kernels; make test plants six
