@@ -18,6 +18,8 @@ BASIC_BLOCKS = {
     "layer3.1": (14, 256, 256, 1),
 }
 
+CORE_PROJECTIONS = ("resnet50 layer1", "resnet50 layer2", "resnet50 layer3")
+
 
 @pytest.fixture
 def measure_unit(batch, dtype, device, measure, modes):
@@ -65,10 +67,7 @@ def test_basic_block(layer, measure_unit):
 
 @pytest.mark.parametrize(
     "layer",
-    [
-        *(pytest.param(f"resnet50 layer{i}", marks=pytest.mark.core("cuda")) for i in (1, 2, 3)),
-        *(name for name in PROJECTIONS if name not in [f"resnet50 layer{i}" for i in (1, 2, 3)]),
-    ],
+    [pytest.param(name, marks=pytest.mark.core("cuda")) if name in CORE_PROJECTIONS else name for name in PROJECTIONS],
 )
 def test_projection(layer, measure_unit):
     """By the plan; benchmarks/kernels/test_projection.py measures every way."""

@@ -47,8 +47,8 @@ class Device {
   void* stream_ = nullptr;
 };
 
-// Where a dimension has one element its stride says nothing, and may be such that memory seems not to be aligned: in its
-// place comes one of which that is not so.
+// The stride of a dimension of one element says nothing, and as it is might make memory seem not to be aligned: a dense
+// one stands in its place.
 Pixels pixels(const Tensor& t, void* data) {
   int64_t w = t.size(2) == 1 ? (t.size(3) + 7) / 8 * 8 : t.stride(2);
   int64_t h = t.size(1) == 1 ? t.size(2) * w : t.stride(1);

@@ -30,19 +30,19 @@ class Kernels:
 
     def projection_fprop(self, x, weight, bn, stride, residual=None, relu=False, path="portable", into=None) -> Tensor:
         arguments = (_there(x), _there(weight), _there(bn), stride, _there(residual), relu)
-        return _namespace(path).projection_fprop(*arguments).cpu()
+        return namespace(path).projection_fprop(*arguments).cpu()
 
     def projection_conv(self, x, weight, stride, path="portable", into=None) -> tuple[Tensor, ...]:
-        y, stats = _namespace(path).projection_conv(_there(x), _there(weight), stride)
+        y, stats = namespace(path).projection_conv(_there(x), _there(weight), stride)
         return y.cpu(), *(part.cpu() for part in stats)
 
     def projection_gram(self, x, stride, path="portable") -> tuple[Tensor, Tensor]:
-        moments = _namespace(path).projection_gram(_there(x), stride)
+        moments = namespace(path).projection_gram(_there(x), stride)
         assert not moments.pivot.any()
         return moments.gram.cpu(), moments.total.cpu()
 
     def projection_wgrad(self, g, x, stride, out=None, with_sum=True, path="portable") -> tuple[Tensor, Tensor | None]:
-        p, total = _namespace(path).projection_wgrad(_there(g), _there(x), stride, _there(out), with_sum)
+        p, total = namespace(path).projection_wgrad(_there(g), _there(x), stride, _there(out), with_sum)
         return p.cpu(), None if total is None else total.cpu()
 
     def projection_dgrad(
@@ -56,7 +56,7 @@ class Kernels:
         _storage(dx).copy_(_storage(moved)) if _small(dx) else dx.copy_(moved)
 
 
-def _namespace(path: str):
+def namespace(path: str):
     why = reason(path)
     if why is not None:
         raise RuntimeError(why)

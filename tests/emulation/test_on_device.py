@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import kernel_cases
 import on_device
 import pytest
@@ -52,3 +54,17 @@ def test_offsets_beyond_32_bits(on_gpu, case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nan_reaches_what_depends_on_it_and_nothing_else(on_gpu, dtype, c, path):
     kernel_cases.check_nan(on_gpu(path), dtype, c, path)
+
+
+@pytest.mark.parametrize("path", ["portable", "hopper"])
+def test_a_kernel_may_be_the_first_work_of_a_thread(on_gpu, path):
+    """As of autograd's: the thread has no CUDA context until something makes one current."""
+    on_gpu(path)
+    k = on_device.namespace(path)
+    x, g = (torch.ones(2, 8, 8, c, dtype=torch.bfloat16, device="cuda") for c in (24, 40))
+    k.projection_wgrad(g, x, 1)  # whose memory the allocator gives the thread, without asking CUDA
+    found = []
+    thread = threading.Thread(target=lambda: found.append(k.projection_wgrad(g, x, 1)[0]))
+    thread.start()
+    thread.join()
+    assert found and (found[0] == 2 * 8 * 8).all()

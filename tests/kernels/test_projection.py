@@ -376,8 +376,8 @@ def test_importing_does_not_load_the_library():
     assert done.returncode == 0, done.stderr
 
 
-BUILT = {"built": True, "reason": None, "library": "lib.so", "torch": "2.11.0", "cuda": None, "cuda_architectures": []}
-BUILT |= {"nvcc": "13.0.88"}
+BUILT = {"built": True, "reason": None, "library": "lib.so", "torch": "2.11.0"}
+BUILT |= {"cuda": None, "cuda_architectures": [], "nvcc": "13.0.88"}
 
 
 def test_available_says_why_not(tmp_path, monkeypatch):

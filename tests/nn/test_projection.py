@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -44,8 +43,8 @@ def launched(request, monkeypatch):
         yield names
 
 
-def make(seed=0):
-    torch.manual_seed(seed)
+def make():
+    torch.manual_seed(0)
     module = Projection(72, 136, 2).cuda()
     torch.nn.init.uniform_(module[1].weight, 0.5, 1.5)
     x = torch.randn(16, 72, 27, 29, device="cuda").relu_().to(memory_format=torch.channels_last)
@@ -110,13 +109,3 @@ def test_compiled_it_has_the_same_bits(dtype):
     compiled = run(torch.compile(module, fullgraph=True), x, g, dtype)
     for name in ("output", "x", "0.weight", "1.weight", "1.bias"):
         assert torch.equal(compiled[name], eager[name]), name
-
-
-def test_a_new_thread_runs_them(launched):
-    """It has no CUDA context before something makes one current, and a driver's function does not."""
-    module, x, g = make()
-    found = []
-    thread = threading.Thread(target=lambda: found.append(run(module, x, g, torch.bfloat16)))
-    thread.start()
-    thread.join()
-    assert found and launched == KERNELS

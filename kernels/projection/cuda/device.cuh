@@ -69,7 +69,8 @@ FASTRES_DEVICE void load_matrices_transposed(uint32_t (&r)[4], uint32_t address)
                : "memory");
 }
 
-// warp: c += a b (volatile, so that no compiler moves it to where only some lanes come by), for a 16x16 row-major, b 16x8 column-major and c 16x8 in the fragment layout of mma.m16n8k16.
+// warp: c += a b, for a 16x16 row-major, b 16x8 column-major and c 16x8 in the fragment layout of mma.m16n8k16.
+// Volatile, so that no compiler moves it to where only some lanes come by.
 template <class T>
 FASTRES_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>

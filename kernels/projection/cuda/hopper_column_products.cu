@@ -1,8 +1,8 @@
 // D[i, j] = sum_m A[m, i] B[m, j] on Hopper, the rows m being pixels: projection_wgrad (A = g, B = x_s) and
 // projection_gram (A = B = x_s).
 //
-// A tile of 128 by 256, 128 or 64 of D is summed over boxes of up to 64 pixels, which are shared out in splits; combine.cu
-// adds these up. wgmma reads both operands transposed. Column sums of A cost one more product, by ones.
+// A tile of 128 by 256, 128 or 64 of D is summed over boxes of up to 64 pixels, which are shared out in splits;
+// combine.cu adds these up. wgmma reads both operands transposed. Column sums of A cost one more product, by ones.
 #include <type_traits>
 
 #include "combine.h"

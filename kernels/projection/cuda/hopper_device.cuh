@@ -135,7 +135,7 @@ FASTRES_DEVICE void wgmma_done(float (&d)[size]) {
 #define FASTRES_TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
 #define FASTRES_NAMES_4 "%0,%1,%2,%3"
 #define FASTRES_NAMES_32 FASTRES_TEN() "," FASTRES_TEN(1) "," FASTRES_TEN(2) ",%30,%31"
-#define FASTRES_NAMES_64                                                                            \
+#define FASTRES_NAMES_64                                                                                       \
   FASTRES_TEN() "," FASTRES_TEN(1) "," FASTRES_TEN(2) "," FASTRES_TEN(3) "," FASTRES_TEN(4) "," FASTRES_TEN(5) \
   ",%60,%61,%62,%63"
 #define FASTRES_NAMES_128                                                                                          \

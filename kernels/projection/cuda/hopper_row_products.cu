@@ -1,8 +1,8 @@
 // D[m, n] = sum_k A[m, k] B[k, n] on Hopper, the rows m being pixels: projection_fprop (A = x_s, B = weight^T) and
 // projection_dgrad (A = [x_s | g], B = [v; u]).
 //
-// A tile is a box of up to 128 pixels by 256, 128 or 64 columns. One block runs on each multiprocessor and takes one tile
-// after another: while sums are written, the copies of the next tile are under way.
+// A tile is a box of up to 128 pixels by 256, 128 or 64 columns. One block runs on each multiprocessor and takes one
+// tile after another: while sums are written, the copies of the next tile are under way.
 #include "hopper_tiles.cuh"
 
 namespace fastres::hopper {
@@ -50,9 +50,8 @@ FASTRES_DEVICE void add(float (&v)[8], const uint4& more) {
   }
 }
 
-// A thread's sums of `width` columns from `column` on, of the box at `corner`, from registers to memory. All that it reads
-// is asked for before it is used: per-channel numbers in front of the first store, which they might alias, and what a row
-// adds in front of that row's.
+// A thread's sums of `width` columns from `column` on, of the box at `corner`, from registers to memory. Loads come
+// together, before stores that they might alias: the per-channel ones before the first store, a row's before the row's.
 template <class T, int width, bool scaled>
 FASTRES_DEVICE void write_sums(const RowParameters& p, float* sum, const Pixel& corner, uint32_t column) {
   constexpr int pairs = width / 8, chunks = width / 32;
@@ -211,7 +210,8 @@ const char* choose(RowParameters& p, void* stream) {
 
 template <bool b_transposed>
 const char* choose(Dtype dtype, RowParameters& p, void* stream) {
-  return dtype == Dtype::bfloat16 ? choose<bfloat16, b_transposed>(p, stream) : choose<float16, b_transposed>(p, stream);
+  if (dtype == Dtype::bfloat16) return choose<bfloat16, b_transposed>(p, stream);
+  return choose<float16, b_transposed>(p, stream);
 }
 
 bool supported(const Shape& s) { return s.rows() > 0 && s.c > 0 && s.c % 8 == 0 && s.k > 0 && s.k % 8 == 0; }
