@@ -51,3 +51,9 @@ PARTS = {
     ),
 }  # fmt: skip
 """By the name that `python -m fastres explain --part` takes."""
+
+
+def of_gpu(name: str | None) -> Part:
+    """The part that a device's name speaks of; an H200 for others, whose ratio of products to bytes is usual."""
+    words = (name or "").lower().replace(" ", "")
+    return next((part for short, part in PARTS.items() if short in words), PARTS["h200"])

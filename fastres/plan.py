@@ -1,10 +1,19 @@
-"""Which launcher runs each kernel of a fused unit: the one place where that is decided.
+"""Which launcher runs each kernel of a fused unit, and which form a unit has: the one place where that is decided.
 
 A plan is a namespace `k` with one launcher per kernel name; the bodies in `fastres.functional` read `k.conv1x1(...)`
-and know nothing of backends. `k.gram_folding` says which of their two forms they run (`fastres.functional._residual`).
-On a GPU blocks are Gram-folded where the kernels that make `expand` one pass exist: by library operators the folded
-form takes many small launches for its matrices. On a CPU launches cost little and blocks are folded for the memory,
-although the stored form can be the faster one there.
+and know nothing of backends. Flags beside the launchers say which lists of calls they run:
+
+- `k.gram_folding`: the block's own, Gram-folded list, or the stored one (`fastres.functional._residual`).
+- `k.fold_projection`: in a Gram-folded bottleneck, whether the projection is folded too, or its raw output stored.
+- `k.one_pass`: whether both gradients of a bottleneck's first conv come out of one pass (`conv1x1_bwd`).
+- `k.conv3x3_fuses`: whether what stands around a Gram-folded bottleneck's 3x3 conv (statistics, mask and sums, the
+  activation that is formed again for the wgrad) is the conv's own work, or the batch norm family's where the convs are
+  another namespace's.
+
+On a CPU launches cost little and blocks are folded for the memory, although the stored form can be the faster one there.
+On a GPU the flags follow from channel counts alone, so that no batch size changes what is saved for backward, by a model
+of bytes and products (docs/arithmetic.md, "What the plan folds"). Launchers that both Triton and the library offer are
+chosen call by call (`PerCall`): by what was measured on this GPU for these shapes (`fastres.tuned`), else by a model.
 """
 
 from __future__ import annotations
@@ -14,17 +23,26 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, tuned
+from .parts import Part
 
 ENVIRONMENT_VARIABLE = "FASTRES_BACKEND"
 
 _FOLDED_PROJECTION = ("projection_gram", "projection_fprop", "projection_wgrad", "projection_dgrad")
+_EXTENSION_IN_BLOCKS = ("projection_gram", "projection_conv", "projection_dgrad")
+
+BY_COST = ("conv1x1", "conv1x1_bwd", "conv1x1_dgrad", "conv1x1_wgrad", "expand", "expand_dgrad", "expand_wgrad", "gram")
+"""Kernels whose matrix products the library may do faster than Triton: chosen call by call on a GPU."""
+
+ONE_PASS_CHANNELS = 128
+"""Output channels up to which `conv1x1_bwd` is one pass: so many fit into one tile."""
 
 # Where the extension's CPU kernels beat the library's on most of ResNet-50's shapes on an AMD EPYC with AVX-512
 # (benchmarks/kernels/test_projection.py): all four in float32, though not on layer1's wgrad and layer4's fprop; in
@@ -32,6 +50,55 @@ _FOLDED_PROJECTION = ("projection_gram", "projection_fprop", "projection_wgrad",
 _EXTENSION_ON_CPU = {torch.float32: _FOLDED_PROJECTION, torch.bfloat16: ("projection_gram",)}
 
 _wrap: Callable[[SimpleNamespace], SimpleNamespace] | None = None
+_device: torch.device | None = None
+_part: Part | None = None
+
+
+class Choice(NamedTuple):
+    """The launcher for one call. reason: what it was preferred to, and by what figures."""
+
+    launcher: Callable
+    reason: str
+
+
+class PerCall:
+    """A launcher that hands each call to the fastest of several, those of different namespaces for one kernel.
+
+    Seconds are the tuned table's where it has the call for all of them, else modelled (`fastres.cost.seconds`). The
+    first call of new shapes works them out; those after it find them.
+    """
+
+    def __init__(self, kernel: str, launchers: Sequence[Callable]):
+        self.kernel, self.launchers = kernel, {origin(launcher): launcher for launcher in launchers}
+        self._choices: dict[tuple, Choice] = {}
+
+    def __call__(self, *args, **kwargs):
+        return self.choose(args, kwargs).launcher(*args, **kwargs)
+
+    def choose(self, args: tuple, kwargs: dict[str, object]) -> Choice:
+        """The choice for a call, whose tensors may be on the meta device."""
+        named = tuple((name, _shape(value)) for name, value in kwargs.items())
+        key = tuple(_shape(value) for value in args), named, _part and _part.name
+        if key not in self._choices:
+            self._choices[key] = self._work_out(args, kwargs)
+        return self._choices[key]
+
+    def _work_out(self, args: tuple, kwargs: dict[str, object]) -> Choice:
+        from .cost import seconds  # which imports this module
+
+        call = seconds.Call.of(self.kernel, args, kwargs)
+        found, how = tuned.seconds(call.device, call.label), "measured"
+        if found is None or not set(self.launchers) <= set(found):
+            found, how = {name: call.modelled(name, launcher, _part) for name, launcher in self.launchers.items()}, "modelled"
+        ordered = sorted(self.launchers, key=found.get)
+        best, *others = (f"{1e6 * found[name]:.0f}" for name in ordered)
+        left = ", ".join(f"{name} {other}" for name, other in zip(ordered[1:], others, strict=True))
+        return Choice(self.launchers[ordered[0]], f"{how} {best}, {left}")
+
+
+def _shape(value: object) -> object:
+    """What of an argument a choice depends on."""
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value
 
 
 def requested(backend: str) -> str:
@@ -47,37 +114,66 @@ def resolve(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> 
     Raises RuntimeError when an explicitly requested backend cannot run there; "auto" takes the next best.
     `origins(...)` tells which namespace each launcher is from.
     """
-    k = _resolve(dtype, device.type, requested(backend))
-    return k if _wrap is None else _wrap(k)
+    return _wrapped(_resolve(dtype, _planned(device).type, requested(backend)))
+
+
+def resolve_block(
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    first: int,
+    last: tuple[int, int] | None,
+    projection: tuple[int, int] | None,
+) -> SimpleNamespace:
+    """As `resolve`, for a residual block.
+
+    first: output channels of its first conv. last: input and output channels of its last conv where that can be folded,
+    a 1x1 one. projection: those of its projection shortcut, where it has one.
+    """
+    return _wrapped(_resolve_block(dtype, _planned(device).type, requested(backend), first, last, projection))
 
 
 def resolve_projection(x: Tensor, output_shape: tuple[int, ...], backend: str = "auto") -> SimpleNamespace:
     """As `resolve`, for a projection shortcut outside of a block: x `[N, H, W, C]`, its output `[N, Ho, Wo, K]`."""
-    name = requested(backend)
-    *pixels, outputs = output_shape
-    strided = tuple(pixels[1:]) != tuple(x.shape[1:3])
-    extension = (
-        name == "auto"
-        and _extension_on_gpu(x.dtype, x.device.type)
-        and seconds_saved_by_folding(math.prod(pixels), x.shape[3], outputs, strided) > 0
-    )
-    k = _resolve_projection(x.dtype, x.device.type) if extension else _resolve(x.dtype, x.device.type, name)
-    return k if _wrap is None else _wrap(k)
+    name, device = requested(backend), _planned(x.device).type
+    k = _resolve(x.dtype, device, name)
+    if name == "auto" and _extension_on_gpu(x.dtype, device):
+        *pixels, outputs = output_shape
+        strided = tuple(pixels[1:]) != tuple(x.shape[1:3])
+        few_launches = origin(k.gram_bwd) == "triton"
+        if seconds_saved_by_folding(math.prod(pixels), x.shape[3], outputs, strided, few_launches) > 0:
+            k = _resolve_projection(x.dtype, device)
+    return _wrapped(k)
 
 
-def seconds_saved_by_folding(pixels: int, channels: int, outputs: int, strided: bool) -> float:
+# Bytes/s and FLOP/s of an H200 that the models of folding take: memory as measured by copies; `mma.sync`, Triton's
+# products and the library's as assumed. docs/arithmetic.md has the derivations.
+_MEMORY, _MMA_SYNC, _TRITON, _LIBRARY = 4.3e12, 350e12, 400e12, 600e12
+
+
+def seconds_saved_by_folding(pixels: int, channels: int, outputs: int, strided: bool, few_launches: bool) -> float:
     """Of a training step of a projection shortcut on a GPU, by the extension's Gram-folded form instead of the stored
     form by the library's convolution; negative where folding costs time.
 
-    A model, not a measurement, whose terms and rates docs/arithmetic.md derives ("The projection shortcut on a GPU").
-    pixels: of the output. strided: the library gathers the pixels that it reads.
+    A model, not a measurement, whose terms docs/arithmetic.md derives ("The projection shortcut on a GPU").
+    pixels: of the output. strided: the library gathers the pixels that it reads. few_launches: Triton's kernels do the
+    work on the small matrices, not PyTorch's operators.
     """
-    memory, mma_sync, library = 4.3e12, 350e12, 600e12  # bytes/s, FLOP/s, FLOP/s
-    small_matrices = 2e-4
+    small_matrices = 3e-5 if few_launches else 2e-4
     bytes_saved = 2 * (8 * outputs + (3 if strided else -3) * channels)
     more_flops, common_flops = 3 * channels**2, 6 * channels * outputs
-    slower = more_flops / mma_sync + common_flops * (1 / mma_sync - 1 / library)
-    return pixels * (bytes_saved / memory - slower) - small_matrices
+    slower = more_flops / _MMA_SYNC + common_flops * (1 / _MMA_SYNC - 1 / _LIBRARY)
+    return pixels * (bytes_saved / _MEMORY - slower) - small_matrices
+
+
+def seconds_saved_per_pixel(channels: int, outputs: int, projection: bool) -> float:
+    """Of a training step of a bottleneck on a GPU, for each pixel of its output, by folding its last conv or its
+    projection, of these input and output channels, instead of storing the raw output.
+
+    A model, not a measurement: docs/arithmetic.md, "What the plan folds".
+    """
+    bytes_saved = 2 * (7 * outputs - 2 * channels) if projection else 2 * 8 * outputs
+    return bytes_saved / _MEMORY - 3 * channels**2 / (_MMA_SYNC if projection else _TRITON)
 
 
 @contextlib.contextmanager
@@ -91,15 +187,70 @@ def wrapping(wrap: Callable[[SimpleNamespace], SimpleNamespace]) -> Iterator[Non
         _wrap = before
 
 
+@contextlib.contextmanager
+def planning_for(device: torch.device | None = None, part: Part | None = None) -> Iterator[None]:
+    """Inside, tensors of any device get the plan of `device`, where one is given, and calls are modelled for `part`:
+    how a unit is counted on the meta device.
+    """
+    global _device, _part
+    before = _device, _part
+    _device, _part = device, part
+    try:
+        yield
+    finally:
+        _device, _part = before
+
+
+def _planned(device: torch.device) -> torch.device:
+    return device if _device is None else _device
+
+
+def _wrapped(k: SimpleNamespace) -> SimpleNamespace:
+    return k if _wrap is None else _wrap(k)
+
+
 @functools.cache
 def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamespace:
-    modules = [backends.load(namespace) for namespace in _preference(dtype, device_type, backend)]
+    namespaces = _preference(dtype, device_type, backend)
+    modules = [backends.load(namespace) for namespace in namespaces]
     names = backends.load("reference").__all__
     chosen = {name: next(getattr(module, name) for module in modules if hasattr(module, name)) for name in names}
-    if backend == "auto" and device_type == "cpu" and backends.reason("projection") is None:
+    on_gpu = device_type != "cpu"
+    if backend == "auto" and not on_gpu and backends.reason("projection") is None:
         extension = backends.load("projection")
         chosen |= {name: getattr(extension, name) for name in _EXTENSION_ON_CPU.get(dtype, ())}
-    return SimpleNamespace(**chosen, gram_folding=device_type == "cpu" or origin(chosen["expand"]) != "library")
+    if backend == "auto" and "triton" in namespaces:
+        # Products of float32 are the library's, where TF32 may be allowed.
+        library = {name: getattr(modules[1], name) for name in BY_COST}
+        chosen |= library if dtype == torch.float32 else {n: PerCall(n, (chosen[n], library[n])) for n in BY_COST}
+    everything = not on_gpu or namespaces == ("reference",)
+    return SimpleNamespace(
+        **chosen,
+        gram_folding=everything,
+        fold_projection=everything,
+        one_pass=everything,
+        conv3x3_fuses=origin(chosen["conv3x3"]) == origin(chosen["bn_act"]),
+    )
+
+
+@functools.cache
+def _resolve_block(
+    dtype: torch.dtype,
+    device_type: str,
+    backend: str,
+    first: int,
+    last: tuple[int, int] | None,
+    projection: tuple[int, int] | None,
+) -> SimpleNamespace:
+    k = _resolve(dtype, device_type, backend)
+    if origin(k.expand) != "triton" or last is None or seconds_saved_per_pixel(*last, projection=False) <= 0:
+        return k
+    flags = {"gram_folding": True, "one_pass": first <= ONE_PASS_CHANNELS and dtype != torch.float32}
+    if projection is not None and backend == "auto" and _extension_on_gpu(dtype, device_type):
+        extension = backends.load("projection")
+        flags |= {name: getattr(extension, name) for name in _EXTENSION_IN_BLOCKS}
+        flags["fold_projection"] = seconds_saved_per_pixel(*projection, projection=True) > 0
+    return SimpleNamespace(**vars(k) | flags)
 
 
 @functools.cache
@@ -146,9 +297,14 @@ def origins(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> 
     return {name: origin(launcher) for name, launcher in launchers(resolve(dtype, device, backend)).items()}
 
 
-def in_form(k: SimpleNamespace, gram_folding: bool) -> SimpleNamespace:
-    """The same launchers, with blocks Gram-folded or stored whatever the plan says."""
-    return SimpleNamespace(**vars(k) | {"gram_folding": gram_folding})
+def in_form(k: SimpleNamespace, **flags: bool) -> SimpleNamespace:
+    """The same launchers, with these flags whatever the plan says."""
+    return SimpleNamespace(**vars(k) | flags)
+
+
+def choose(launcher: Callable, args: tuple, kwargs: dict[str, object]) -> Choice:
+    """What runs a call of one of a plan's launchers, and why."""
+    return launcher.choose(args, kwargs) if isinstance(launcher, PerCall) else Choice(launcher, "")
 
 
 def launchers(k: SimpleNamespace) -> dict[str, Callable]:
@@ -157,5 +313,7 @@ def launchers(k: SimpleNamespace) -> dict[str, Callable]:
 
 
 def origin(launcher: Callable) -> str:
-    """The namespace of `fastres.kernels` that a launcher is from."""
+    """The namespace of `fastres.kernels` that a launcher is from; of a `PerCall`, that of its first."""
+    if isinstance(launcher, PerCall):
+        return next(iter(launcher.launchers))
     return launcher.__module__.split(".kernels.")[1].split(".")[0]

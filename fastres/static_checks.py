@@ -62,7 +62,7 @@ _REGISTERS_OF_SM = 65536
 _SHARED_RESERVED = 1024  # bytes of each resident program
 TENSOR_MEMORY_OF_SM = 512  # columns; from 100 on
 
-_FORMAT = 3  # of the cached results; counts what is read from a kernel
+_FORMAT = 4  # of the cached results; counts what is read from a kernel
 
 _INSTRUCTIONS = {
     "HGMMA": r"\bHGMMA\b",
@@ -422,9 +422,8 @@ def narrow_rows(ttir: str) -> list[str]:
     An address is a base and offsets added to it one after the other: a 64-bit row offset added to the base, and offsets
     within the tile of 32 bits, do as well as 64-bit offsets throughout.
     """
-    definitions = _definitions(ttir)
     narrow = []
-    for line in ttir.splitlines():
+    for line, definitions in _defined(ttir):
         access = re.search(r"tt\.(?:load|store) (%[\w#]+).*?: tensor<(?:\d+x){2,}!tt\.ptr", line)
         if access and not _wide(access[1], definitions):
             narrow.append(line.strip())
@@ -449,9 +448,12 @@ def downward_loops(ttir: str) -> list[str]:
     MLIR's loops count upwards only. Triton turns a loop round whose step is a negative constant; with any other
     negative step the compiled loop ends before it begins.
     """
-    definitions = _definitions(ttir)
-    loops = [(line.strip(), re.search(r"scf\.for .* step (%[\w#-]+)", line)) for line in ttir.splitlines()]
-    return [line for line, loop in loops if loop and not _positive(loop[1], ttir, definitions)]
+    downward = []
+    for line, definitions in _defined(ttir):
+        loop = re.search(r"scf\.for .* step (%[\w#-]+)", line)
+        if loop and not _positive(loop[1], ttir, definitions):
+            downward.append(line.strip())
+    return downward
 
 
 def _positive(value: str, ttir: str, definitions: dict[str, str]) -> bool:
@@ -462,8 +464,13 @@ def _positive(value: str, ttir: str, definitions: dict[str, str]) -> bool:
     return re.search(rf"tt\.func .*{re.escape(value)}: ", ttir) is not None
 
 
-def _definitions(ttir: str) -> dict[str, str]:
-    return dict(re.findall(r"^\s*(%[\w#-]+) = (.*)$", ttir, re.M))
+def _defined(ttir: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each line, and what the names on it stand for: a name may be defined again in another branch."""
+    definitions = {}
+    for line in ttir.splitlines():
+        yield line, definitions
+        if (definition := re.match(r"\s*(%[\w#-]+) = (.*)$", line)) is not None:
+            definitions[definition[1]] = definition[2]
 
 
 if __name__ == "__main__":

@@ -33,23 +33,23 @@ def counting(k: SimpleNamespace, traffic: Traffic, every: Bytes | None = None) -
     """
 
     def wrapped(kernel: str, launcher: Callable) -> Callable:
-        origin = plan.origin(launcher)
-        one_pass = every if every is not None else contract_bytes if origin in ONE_PASS else None
-
         def call(*args, **kwargs):
+            runs, reason = plan.choose(launcher, args, kwargs)
+            origin = plan.origin(runs)
+            one_pass = every if every is not None else contract_bytes if origin in ONE_PASS else None
             arguments = kernels.bind(kernel, args, kwargs)
             on_meta = any(t.device.type == "meta" for t in tensors(arguments))
             first = len(traffic.steps)
-            result = (getattr(reference, kernel) if on_meta and one_pass else launcher)(*args, **kwargs)
+            result = (getattr(reference, kernel) if on_meta and one_pass else runs)(*args, **kwargs)
             inside = traffic.steps[first:]
             del traffic.steps[first:]
             if one_pass is None:
                 sums = total(inside)
-                traffic.steps.append(Step(traffic.unit, traffic.direction, kernel, origin, *sums))
+                traffic.steps.append(Step(traffic.unit, traffic.direction, kernel, origin, *sums, reason))
             else:
                 dtype = tensors(arguments)[0].dtype
                 flops = kernels.flops(kernel, arguments, result)
-                traffic.record(kernel, origin, one_pass(kernel, arguments, result), flops, dtype)
+                traffic.record(kernel, origin, one_pass(kernel, arguments, result), flops, dtype, reason)
             return result
 
         return call

@@ -31,13 +31,12 @@ def register() -> None:
 def _formula(body: Callable) -> Callable[..., int]:
     def flops(*args, out_val=None) -> int:
         on_meta = tree_map_only(Tensor, _on_meta, args)
-        first, backend = next(t for t in args if isinstance(t, Tensor)), args[-1]
-        folding = plan.resolve(first.dtype, first.device, backend).gram_folding
+        first = next(t for t in args if isinstance(t, Tensor))
 
         def wrap(k):
-            return counting(plan.in_form(k, folding), traffic, contract_bytes)
+            return counting(k, traffic, contract_bytes)
 
-        with Traffic(PARTS["h200"]) as traffic, plan.wrapping(wrap):
+        with Traffic(PARTS["h200"]) as traffic, plan.wrapping(wrap), plan.planning_for(first.device):
             body(*on_meta)
         return sum(step.flops for step in traffic.steps)
 

@@ -20,7 +20,10 @@ Arguments = dict[str, object]
 
 _STRIDED = {
     "conv1x1": ("x",),
+    "conv1x1_dgrad": ("residual",),  # into whose memory dx goes, so that the others stay as they are
     "conv1x1_wgrad": ("x",),
+    "expand": ("shortcut",),
+    "expand_wgrad": ("x",),
     "projection_conv": ("x",),
     "projection_gram": ("x",),
     "projection_fprop": ("x",),
@@ -33,6 +36,7 @@ _UPDATED = {
     "bn_finalize": ("running_mean", "running_var", "num_batches_tracked"),
     "gram_finalize": ("running_mean", "running_var", "num_batches_tracked"),
     "projection_dgrad": ("dx",),
+    "bn_bwd_mask": ("g",),
 }
 """Arguments that are written as well as read."""
 
@@ -61,6 +65,8 @@ def reads(kernel: str, arguments: Arguments) -> dict[str, int]:
 
 def writes(kernel: str, arguments: Arguments, result: object) -> int:
     """Bytes written: results that are not arguments handed on, and what is updated in place."""
+    if kernel == "conv1x1_dgrad" and arguments["stride"] > 1 and arguments["residual"] is not None:
+        return reads(kernel, arguments)["residual"]
     given = {id(t) for value in arguments.values() for t in tensors(value)}
     made = sum(touched(t) for t in tensors(result) if id(t) not in given)
     read = reads(kernel, arguments)
@@ -97,13 +103,14 @@ _FLOPS: dict[str, Callable[[Arguments, object], int]] = {
     "conv1x1": lambda t, r: 2 * _pixels(r[0]) * t["weight"].numel(),
     "conv1x1_dgrad": lambda t, r: 2 * _pixels(t["g"]) * t["weight"].numel(),
     "conv1x1_wgrad": lambda t, r: 2 * _pixels(t["g"]) * r.numel(),
+    "conv1x1_bwd": lambda t, r: 4 * _pixels(t["g"]) * t["weight"].numel(),
     "conv2d": lambda t, r: _conv(r, t["weight"].shape),
     "conv3x3": lambda t, r: _conv(r[0], t["weight"].shape),
     **{name: lambda t, r: _conv(t["dy"], t["weight"].shape) for name in ("conv2d_dgrad", "conv3x3_dgrad")},
     **{name: lambda t, r: _conv(t["dy"], r.shape) for name in ("conv2d_wgrad", "conv3x3_wgrad")},
     "gram": lambda t, r: _square(_pixels(t["y"]), t["y"].shape[-1]),
-    "expand": lambda t, r: 2 * _pixels(r) * t["weight"].numel(),
-    "expand_wgrad": lambda t, r: 2 * _pixels(t["g"]) * r[0].numel(),
+    "expand": lambda t, r: 2 * _pixels(r) * sum(w.numel() for w in (t["weight"], t["shortcut_weight"]) if w is not None),
+    "expand_wgrad": lambda t, r: 2 * _pixels(t["g"]) * sum(p.numel() for p in (r[0], r[3]) if p is not None),
     "expand_dgrad": lambda t, r: _input_grad(t, _pixels(t["g"])),
     "projection_gram": lambda t, r: _square(_pixels(t["x"][:, :: t["stride"], :: t["stride"]]), t["x"].shape[-1]),
     "projection_conv": lambda t, r: 2 * _pixels(r[0]) * t["weight"].numel(),

@@ -27,6 +27,7 @@ class Step(NamedTuple):
     unit: path of the block in the model; "stem" and "head" for what stands before and behind the blocks. direction:
     "forward" or "backward". kernel: its name. backend: the namespace of `fastres.kernels` it is from, or "aten".
     bytes: moved. flops: of its matrix products, a multiply-add being two. seconds: the floor of both on a part.
+    reason: why the plan took this namespace, where it chose for this call.
     """
 
     unit: str
@@ -36,6 +37,7 @@ class Step(NamedTuple):
     bytes: int
     flops: int
     seconds: float
+    reason: str = ""
 
 
 class Total(NamedTuple):
@@ -185,10 +187,12 @@ class Traffic(Operators):
             flops = formula(*args, **kwargs, out_val=result) if formula else 0
             self.record(packet.__name__, "aten", moved, flops, tensors((args, result))[0].dtype)
 
-    def record(self, kernel: str, backend: str, bytes: int, flops: int, dtype: torch.dtype) -> None:
+    def record(
+        self, kernel: str, backend: str, bytes: int, flops: int, dtype: torch.dtype, reason: str = ""
+    ) -> None:
         """Add a step of its own."""
         seconds = self.part.seconds(bytes, flops, dtype)
-        self.steps.append(Step(self.unit, self.direction, kernel, backend, bytes, flops, seconds))
+        self.steps.append(Step(self.unit, self.direction, kernel, backend, bytes, flops, seconds, reason))
 
 
 def _moved(func, args, kwargs, result) -> int:

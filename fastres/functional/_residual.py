@@ -278,8 +278,16 @@ class ResidualBlock:
         """One value for each conv of the main branch and one for a projection, None where there is none."""
         return [*values, *[None] * (self.depth + 1 - len(values))]
 
+    def _plan(self, x, weights, geometry, backend) -> SimpleNamespace:
+        """By channel counts, which do not change from batch to batch, as what is saved must not."""
+        convs = self.convs(weights, *geometry)
+        # As integers: a traced graph is one for these channels, whatever it leaves open.
+        first, *channels = int(weights[0].shape[0]), *(tuple(map(int, conv.weight.shape[1::-1])) for conv in convs)
+        last, projection = self._padded(channels)[self.depth - 1 :]
+        return plan.resolve_block(x.dtype, x.device, backend, first, last if self.folds_last else None, projection)
+
     def _forward(self, x, weights, shortcut, bns, geometry, backend) -> tuple[Tensor | None, ...]:
-        k = plan.resolve(x.dtype, x.device, backend)
+        k = self._plan(x, weights, geometry, backend)
         *convs, projection = self._padded(self.convs(weights, *geometry))
         form = self._folded_forward if k.gram_folding else stored_forward
         saved = form(k, x, convs, bns, projection, shortcut)
@@ -294,7 +302,7 @@ class ResidualBlock:
         None where not needed. needs: x, shortcut, then the weights, then for each batch norm whether gamma or beta need
         theirs. saved: what `_forward` returned behind out.
         """
-        k = plan.resolve(x.dtype, x.device, backend)
+        k = self._plan(x, weights, geometry, backend)
         count = len(weights)
         need_x, need_shortcut, *need = needs
         need_weights, need_bns = need[:count], need[count:]
@@ -327,10 +335,13 @@ class ResidualBlock:
         if len(convs) > self.depth:
             raw.append(torch.empty_like(out))
         moments = [None] * 4
-        if plan.resolve(x.dtype, x.device, backend).gram_folding:
+        k = self._plan(x, weights, geometry, backend)
+        if k.gram_folding:
             reads = [shapes[-2][3], x.shape[3]]
-            folded = range(self.depth - 1 if self.folds_last else self.depth, len(convs))
-            for i in folded:
+            # A basic block's own list is there to fold its projection.
+            fold_projection = k.fold_projection or not self.folds_last
+            folds = [False] * (self.depth - 1) + [self.folds_last, fold_projection]
+            for i in (i for i in range(len(convs)) if folds[i]):
                 raw[i] = None
                 if bns[i].batch_stats:
                     branch = i - self.depth + 1

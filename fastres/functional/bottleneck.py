@@ -3,7 +3,8 @@
 Source: He et al., "Deep Residual Learning for Image Recognition" (2015), figure 5 right and section 3.3. Forward and
 backward here are the Gram-folded lists of kernel calls that docs/arithmetic.md derives: the raw output of the last
 conv, the widest tensor of the block, is never formed. Saved for backward are x, y1, y2, out and small float32 matrices.
-The stored form is in `_residual.py`.
+A projection shortcut is Gram-folded too and multiplied inside `expand`, or its raw output is stored, as the plan says
+(`fold_projection`). The form that stores all raw outputs is in `_residual.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 from torch import Tensor
+
+from fastres.kernels.reference.batch_norm import ChannelStats
 
 from ._batch_norm import BatchNormParams, finalize, fold
 from ._residual import Conv, Gradients, Layer, Moments, ResidualBlock, Saved, residual_block
@@ -36,18 +39,28 @@ def _forward(
     y1, stats = k.conv1x1(x, conv1.weight, conv1.stride, bns[0].batch_stats)
     bn1 = finalize(k, bns[0], stats, x.dtype)
     a1 = k.bn_act(y1, bn1)
-    y2, stats = k.conv3x3(a1, conv2.weight, conv2.stride, conv2.dilation, conv2.groups, bns[1].batch_stats)
+    y2, stats = _conv3x3(k, conv2, a1, bns[1].batch_stats)
     bn2 = finalize(k, bns[1], stats, x.dtype)
     del a1
     rows = y2.shape[:3].numel()
     bn3, *moments = fold(k, bns[2], k.gram(y2, bn2) if bns[2].batch_stats else None, rows, conv3.weight)
     raw, vectors, moments_p = [y1, y2, None], [bn1, bn2, bn3], Moments()
-    if projection is not None:
+    if projection is None:
+        out = k.expand(y2, bn2, conv3.weight, bn3, x if shortcut is None else shortcut)
+    elif k.fold_projection:
         of_x = k.projection_gram(x, projection.stride) if bns[3].batch_stats else None
         bn_p, *found = fold(k, bns[3], of_x, rows, projection.weight)
-        shortcut = k.projection_fprop(x, projection.weight, bn_p, projection.stride)
+        second = {"shortcut_bn": bn_p, "shortcut_weight": projection.weight, "stride": projection.stride}
+        out = k.expand(y2, bn2, conv3.weight, bn3, x, **second)
         raw, vectors, moments_p = [*raw, None], [*vectors, bn_p], Moments(*found)
-    out = k.expand(y2, bn2, conv3.weight, bn3, x if shortcut is None else shortcut)
+    else:
+        if bns[3].batch_stats:
+            y_p, stats = k.projection_conv(x, projection.weight, projection.stride)
+        else:
+            y_p, stats = k.conv1x1(x, projection.weight, projection.stride, with_stats=False)
+        bn_p = finalize(k, bns[3], stats, x.dtype)
+        out = k.expand(y2, bn2, conv3.weight, bn3, y_p, shortcut_bn=bn_p)
+        raw, vectors = [*raw, y_p], [*vectors, bn_p]
     return Saved(out, raw, vectors, Moments(*moments), moments_p)
 
 
@@ -69,38 +82,108 @@ def _backward(
     rows1, rows2 = y1.shape[:3].numel(), y2.shape[:3].numel()
     dx = dw1 = dw2 = grad1 = grad2 = None
 
-    p, sum_g, g = k.expand_wgrad(g, out, y2, bn2)
-    dw3, grad3, u, v, c = k.gram_bwd(p, sum_g, third.conv.weight, third.bn, rows2, *third.moments)
+    of_x = {}
+    if projection is not None and projection.y is None and (need_x or projection.need):
+        of_x = {"x": x, "stride": projection.conv.stride}
+    p, sum_g, g, p_x = k.expand_wgrad(g, out, y2, bn2, **of_x)
+    dw3, grad3, u, v, c, v_scale = k.gram_bwd(p, sum_g, third.conv.weight, third.bn, rows2, *third.moments)
     if need_2:
-        g2, sums = k.expand_dgrad(g, u, v, c, y2, bn2)
+        g2, sums = k.expand_dgrad(g, u, v, c, y2, bn2, v_scale)
         grad2 = k.bn_bwd_finalize(sums, bn2, rows2 if second.batch_stats else None)
     if need_1 or second.need_weight:
         dy2, _ = k.bn_bwd_apply(g2, y2 if second.batch_stats else None, bn2, grad2)
         del g2
-    conv = second.conv.stride, second.conv.dilation, second.conv.groups
     if second.need_weight:
-        dw2 = k.conv3x3_wgrad(y1, dy2, *conv, bn1)
+        dw2 = _conv3x3_wgrad(k, second.conv, y1, bn1, dy2)
     if need_1:
-        g1, sums = k.conv3x3_dgrad(dy2, second.conv.weight, y1.shape[1:3], *conv, y=y1, bn=bn1)
+        g1, sums = _conv3x3_dgrad(k, second.conv, dy2, y1, bn1)
         grad1 = k.bn_bwd_finalize(sums, bn1, rows1 if first.batch_stats else None)
         del dy2
     formed = {"bn": bn1, "grad": grad1, "y": y1 if first.batch_stats else None}
-    if first.need_weight:
-        dw1 = k.conv1x1_wgrad(x, g1, first.conv.stride, **formed)
-    if need_x:
-        residual = g if identity else None
-        dx = k.conv1x1_dgrad(g1, first.conv.weight, x.shape[1:3], first.conv.stride, **formed, residual=residual)
+    residual = g if identity else None
+    if need_x and first.need_weight and first.conv.stride == 1 and k.one_pass:
+        dx, dw1 = k.conv1x1_bwd(x, g1, first.conv.weight, **formed, residual=residual)
+    else:
+        if first.need_weight:
+            dw1 = k.conv1x1_wgrad(x, g1, first.conv.stride, **formed)
+        if need_x:
+            hw = x.shape[1:3]
+            dx = k.conv1x1_dgrad(g1, first.conv.weight, hw, first.conv.stride, **formed, residual=residual)
     weights, grads = [dw1, dw2, dw3], [grad1, grad2, grad3]
     if projection is not None:
-        dw_p = grad_p = None
-        if need_x or projection.need:
-            weight, stride = projection.conv.weight, projection.conv.stride
-            p, _ = k.projection_wgrad(g, x, stride, with_sum=False)
-            dw_p, grad_p, u, v, c = k.gram_bwd(p, sum_g, weight, projection.bn, rows2, *projection.moments)
-            if need_x:
-                k.projection_dgrad(dx, g, x, u, v, c, stride)
+        if projection.y is None:
+            dx, dw_p, grad_p = _folded_projection(k, g, sum_g, p_x, x, dx, projection, need_x)
+        else:
+            dx, dw_p, grad_p = _stored_projection(k, g, x, dx, projection, need_x)
         weights, grads = [*weights, dw_p], [*grads, grad_p]
     return Gradients(dx, g if need_shortcut else None, weights, grads)
+
+
+def _conv3x3(
+    k: SimpleNamespace, conv: Conv, x: Tensor, with_stats: bool
+) -> tuple[Tensor, ChannelStats | None]:
+    """y and its statistics."""
+    if k.conv3x3_fuses:
+        return k.conv3x3(x, conv.weight, conv.stride, conv.dilation, conv.groups, with_stats)
+    y = conv.fprop(k, x)
+    return y, k.channel_stats(y) if with_stats else None
+
+
+def _conv3x3_wgrad(k: SimpleNamespace, conv: Conv, y: Tensor, bn: Tensor, dy: Tensor) -> Tensor:
+    """dW of a conv whose input was relu(scale*y + shift)."""
+    if k.conv3x3_fuses:
+        return k.conv3x3_wgrad(y, dy, conv.stride, conv.dilation, conv.groups, bn)
+    return conv.wgrad(k, k.bn_act(y, bn), dy)
+
+
+def _conv3x3_dgrad(k: SimpleNamespace, conv: Conv, dy: Tensor, y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient in front of `bn`, behind the ReLU's mask, and its sums."""
+    if k.conv3x3_fuses:
+        geometry = conv.stride, conv.dilation, conv.groups
+        return k.conv3x3_dgrad(dy, conv.weight, y.shape[1:3], *geometry, y=y, bn=bn)
+    return k.bn_bwd_mask(conv.dgrad(k, dy, y), y, bn)
+
+
+def _folded_projection(
+    k: SimpleNamespace,
+    g: Tensor,
+    sum_g: Tensor,
+    p_x: Tensor | None,
+    x: Tensor,
+    dx: Tensor | None,
+    projection: Layer,
+    need_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx with the projection's part, dW and `grad`, from the masked gradient and its products."""
+    if p_x is None:
+        return dx, None, None
+    conv, rows = projection.conv, g.shape[:3].numel()
+    dw, grad, u, v, c, v_scale = k.gram_bwd(p_x, sum_g, conv.weight, projection.bn, rows, *projection.moments)
+    if need_x:
+        k.projection_dgrad(dx, g, x, u, v, c, conv.stride, v_scale=v_scale)
+    return dx, dw, grad
+
+
+def _stored_projection(
+    k: SimpleNamespace,
+    g: Tensor,
+    x: Tensor,
+    dx: Tensor | None,
+    projection: Layer,
+    need_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `_folded_projection`, from the projection's raw output."""
+    conv, bn, rows = projection.conv, projection.bn, g.shape[:3].numel()
+    dw = grad = None
+    if projection.need_bn or (projection.batch_stats and (need_x or projection.need_weight)):
+        sums, _ = k.bn_bwd_reduce(g, projection.y, bn)
+        grad = k.bn_bwd_finalize(sums, bn, rows if projection.batch_stats else None)
+    formed = {"bn": bn, "grad": grad, "y": projection.y if projection.batch_stats else None}
+    if projection.need_weight:
+        dw = k.conv1x1_wgrad(x, g, conv.stride, **formed)
+    if need_x:
+        dx = k.conv1x1_dgrad(g, conv.weight, x.shape[1:3], conv.stride, **formed, residual=dx)
+    return dx, dw, grad
 
 
 ResidualBlock("bottleneck", depth=3, folds_last=True, convs=_convs, forward=_forward, backward=_backward)

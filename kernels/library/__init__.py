@@ -4,8 +4,8 @@ A convolution or GEMM of the library (cuDNN, oneDNN, BLAS) in the activation dty
 passes that complete the contract. Small per-channel and matrix work is the reference's.
 """
 
-from .batch_norm import bn_act, bn_bwd_apply, bn_bwd_reduce, channel_stats
-from .conv1x1 import conv1x1, conv1x1_dgrad, conv1x1_wgrad
+from .batch_norm import bn_act, bn_bwd_apply, bn_bwd_mask, bn_bwd_reduce, channel_stats
+from .conv1x1 import conv1x1, conv1x1_bwd, conv1x1_dgrad, conv1x1_wgrad
 from .conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
 from .conv3x3 import conv3x3, conv3x3_dgrad, conv3x3_wgrad
 from .expand import expand, expand_dgrad, expand_wgrad
@@ -16,9 +16,11 @@ from .stem import stem_pool
 __all__ = [
     "bn_act",
     "bn_bwd_apply",
+    "bn_bwd_mask",
     "bn_bwd_reduce",
     "channel_stats",
     "conv1x1",
+    "conv1x1_bwd",
     "conv1x1_dgrad",
     "conv1x1_wgrad",
     "conv2d",

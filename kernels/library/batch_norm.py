@@ -56,6 +56,12 @@ def bn_bwd_reduce(
     return bn_sums(g, y, bn), None if residual_bn is None else bn_sums(g, residual, residual_bn)
 
 
+def bn_bwd_mask(g: Tensor, y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    g = _relu_masked(g, y, bn, None, True)
+    return g, bn_sums(g, y, bn)
+
+
 def bn_bwd_apply(
     g: Tensor,
     y: Tensor | None,

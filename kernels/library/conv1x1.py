@@ -12,7 +12,7 @@ from torch import Tensor
 from ..reference._common import rows, strided_pixels
 from ..reference.batch_norm import ChannelStats
 from ..reference.conv2d import Pair
-from ._common import bn_input_grad, matmul_acc, on_gpu
+from ._common import activation, bn_input_grad, masked, matmul_acc, on_gpu
 from .batch_norm import channel_stats
 from .conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
 
@@ -21,8 +21,13 @@ def _by_cudnn(x: Tensor) -> bool:
     return on_gpu(x) and x.dtype == torch.float32
 
 
-def conv1x1(x: Tensor, weight: Tensor, stride: int = 1, with_stats: bool = True) -> tuple[Tensor, ChannelStats | None]:
-    """As the reference."""
+def conv1x1(
+    x: Tensor, weight: Tensor, stride: int = 1, with_stats: bool = True, bn: Tensor | None = None
+) -> tuple[Tensor, ChannelStats | None]:
+    """As the reference; relu(scale*x + shift) is written and read once."""
+    if bn is not None:
+        x = activation(strided_pixels(x, stride), bn)
+        stride = 1
     if _by_cudnn(x):
         y = conv2d(x, weight[:, :, None, None], (stride, stride))
     else:
@@ -46,17 +51,22 @@ def conv1x1_dgrad(
     grad: Tensor | None = None,
     y: Tensor | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """As the reference; adds to the residual in place."""
-    dy = _raw_grad(g, y, bn, grad)
+    dx = _dgrad(_raw_grad(g, y, bn, grad), weight, input_hw, stride, residual)
+    return dx if mask is None else masked(dx, mask)
+
+
+def _dgrad(dy: Tensor, weight: Tensor, input_hw: Pair, stride: int, residual: Tensor | None) -> Tensor:
     if _by_cudnn(dy):
         dx = conv2d_dgrad(dy, weight[:, :, None, None], input_hw, (stride, stride))
         return dx if residual is None else residual.add_(dx)
-    shape = (g.shape[0], *input_hw, weight.shape[1])
+    shape = (dy.shape[0], *input_hw, weight.shape[1])
     if stride == 1:
         dx = rows(dy) @ weight if residual is None else rows(residual).addmm_(rows(dy), weight)
         return dx.view(shape)
-    dx = g.new_zeros(shape) if residual is None else residual
+    dx = dy.new_zeros(shape) if residual is None else residual
     pixels = strided_pixels(dx, stride)
     pixels.add_((rows(dy) @ weight).view(pixels.shape))
     return dx
@@ -72,7 +82,28 @@ def conv1x1_wgrad(
     y: Tensor | None = None,
 ) -> Tensor:
     """As the reference."""
-    dy = _raw_grad(g, y, bn, grad)
+    return _wgrad(x, _raw_grad(g, y, bn, grad), stride)
+
+
+def _wgrad(x: Tensor, dy: Tensor, stride: int) -> Tensor:
     if _by_cudnn(dy):
         return conv2d_wgrad(x, dy, (1, 1), (stride, stride)).flatten(1)
     return matmul_acc(rows(dy).T, rows(strided_pixels(x, stride)))
+
+
+def conv1x1_bwd(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    *,
+    bn: Tensor | None = None,
+    grad: Tensor | None = None,
+    y: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As the reference, dy formed once; adds to the residual in place."""
+    dy = _raw_grad(g, y, bn, grad)
+    dw = _wgrad(x, dy, 1)
+    dx = _dgrad(dy, weight, x.shape[1:3], 1, residual)
+    return masked(dx, x) if mask else dx, dw

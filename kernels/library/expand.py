@@ -5,39 +5,67 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference._common import acc_dtype, rows
+from ..reference._common import acc, acc_dtype, rows
 from ._common import activation, affine, bn_sums, masked, matmul_acc
+from .conv1x1 import conv1x1, conv1x1_wgrad
 
 
-def expand(y: Tensor, bn: Tensor, weight: Tensor, out_bn: Tensor, shortcut: Tensor) -> Tensor:
-    """As the reference; the product is rounded to y's dtype before the epilogue."""
-    z = (rows(activation(y, bn)) @ weight.T).view(shortcut.shape)
-    return affine(z, out_bn[2], out_bn[3]).add_(shortcut).relu_()
+def expand(
+    y: Tensor,
+    bn: Tensor,
+    weight: Tensor,
+    out_bn: Tensor,
+    shortcut: Tensor,
+    *,
+    shortcut_bn: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
+    stride: int = 1,
+) -> Tensor:
+    """As the reference; products are rounded to y's dtype before scale and shift, and these before they are added."""
+    z = (rows(activation(y, bn)) @ weight.T).view(*y.shape[:3], -1)
+    z = affine(z, out_bn[2], out_bn[3])
+    if shortcut_weight is not None:
+        shortcut, _ = conv1x1(shortcut, shortcut_weight, stride, with_stats=False)
+    if shortcut_bn is not None:
+        shortcut = affine(shortcut, shortcut_bn[2], shortcut_bn[3])
+    return z.add_(shortcut).relu_()
 
 
-def expand_wgrad(g: Tensor, out: Tensor, y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def expand_wgrad(
+    g: Tensor, out: Tensor | None, y: Tensor, bn: Tensor, *, x: Tensor | None = None, stride: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As the reference."""
-    g = masked(g, out)
-    return matmul_acc(rows(g).T, rows(activation(y, bn))), rows(g).sum(0, dtype=acc_dtype(g.dtype)), g
+    if out is not None:
+        g = masked(g, out)
+    p_x = None if x is None else conv1x1_wgrad(x, g, stride)
+    return matmul_acc(rows(g).T, rows(activation(y, bn))), rows(g).sum(0, dtype=acc_dtype(g.dtype)), g, p_x
 
 
-def input_grad(g: Tensor, a: Tensor, u: Tensor, v: Tensor | None, k: Tensor | None) -> Tensor:
-    """g u + a v + k of rows g `[M, C]` and a `[M, K]`, in g's dtype; v and k may be None."""
+def input_grad(
+    g: Tensor, a: Tensor, u: Tensor, v: Tensor | None, k: Tensor | None, v_scale: Tensor | None = None
+) -> Tensor:
+    """g u + v_scale*(a v) + k of rows g `[M, C]` and a `[M, K]`, in g's dtype; v and k may be None."""
     if v is None:
-        da = g @ u.to(g.dtype)
+        da = g @ u
         return da if k is None else da.add_(k)
     if k is None:
         k = u.new_zeros(u.shape[1])
-    if v.dtype != g.dtype:  # float16: v underflows in it
-        return (g @ u.to(g.dtype) + (a.to(v.dtype) @ v + k)).to(g.dtype)
+    if v_scale is not None:  # float16, in which v underflows, and a times the scaled v may overflow
+        return (g @ u + (acc(a) @ (acc(v) * v_scale) + k)).to(g.dtype)
     return torch.addmm(k.to(g.dtype), g, u).addmm_(a, v)
 
 
 def expand_dgrad(
-    g: Tensor, u: Tensor, v: Tensor | None, k: Tensor | None, y: Tensor, bn: Tensor
+    g: Tensor,
+    u: Tensor,
+    v: Tensor | None,
+    k: Tensor | None,
+    y: Tensor,
+    bn: Tensor,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
     a = activation(y, bn)
-    da = input_grad(rows(g), rows(a), u, v, k).view(y.shape)
+    da = input_grad(rows(g), rows(a), u, v, k, v_scale).view(y.shape)
     g = masked(da, a)
     return g, bn_sums(g, y, bn)

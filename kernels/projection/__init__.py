@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..reference._common import acc_dtype, scaled_to_float16
+from ..reference._common import acc_dtype
 from ..reference.batch_norm import ChannelStats
 from ..reference.gram import Gram
 
@@ -187,20 +187,16 @@ def projection_dgrad(
     stride: int,
     out: Tensor | None = None,
     relu: bool = False,
+    v_scale: Tensor | None = None,
     *,
     hopper: bool = False,
 ) -> None:
-    """dx[:, ::stride, ::stride] += g' u + x_s v + k, in place; summed in acc and rounded once to dx's dtype.
+    """dx[:, ::stride, ::stride] += g' u + v_scale*(x_s v) + k, in place; summed in acc and rounded once to dx's dtype.
 
-    dx and x `[N, H, W, C]`, u `[K, C]`, v `[C, C]` or None in x's dtype; k `[C]` in acc or None; g and out as in
-    `projection_wgrad`. For float16, u and v may be float32, as `gram_bwd` gives them. relu: x is a ReLU's output, and
+    dx and x `[N, H, W, C]`, u `[K, C]`, v `[C, C]` or None in x's dtype; k `[C]` in acc or None, v_scale `[]` in
+    acc or None, which is 1; g and out as in `projection_wgrad`. relu: x is a ReLU's output, and
     what reaches dx[:, ::stride, ::stride] is 0 where x_s <= 0. The other pixels of dx stay as they are.
     """
-    v_scale = None
-    if x.dtype == torch.float16 and u.dtype == torch.float32:
-        u = u.half()
-        if v is not None:
-            v, v_scale = scaled_to_float16(v)
     _ops(x).dgrad(dx, g, x, u, v, k, out, relu, v_scale, stride, hopper)
 
 

@@ -7,16 +7,17 @@ from .batch_norm import (
     bn_act,
     bn_bwd_apply,
     bn_bwd_finalize,
+    bn_bwd_mask,
     bn_bwd_reduce,
     bn_constants,
     bn_finalize,
     channel_stats,
 )
-from .conv1x1 import conv1x1, conv1x1_dgrad, conv1x1_wgrad
+from .conv1x1 import conv1x1, conv1x1_bwd, conv1x1_dgrad, conv1x1_wgrad
 from .conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
 from .conv3x3 import conv3x3, conv3x3_dgrad, conv3x3_wgrad
 from .expand import expand, expand_dgrad, expand_wgrad
-from .gram import gram, gram_bwd, gram_finalize
+from .gram import Gram, gram, gram_bwd, gram_finalize, gram_of_rows
 from .projection import projection_conv, projection_dgrad, projection_fprop, projection_gram, projection_wgrad
 from .stem import stem_pool, stem_pool_bwd
 
@@ -24,11 +25,13 @@ __all__ = [
     "bn_act",
     "bn_bwd_apply",
     "bn_bwd_finalize",
+    "bn_bwd_mask",
     "bn_bwd_reduce",
     "bn_constants",
     "bn_finalize",
     "channel_stats",
     "conv1x1",
+    "conv1x1_bwd",
     "conv1x1_dgrad",
     "conv1x1_wgrad",
     "conv2d",

@@ -53,6 +53,11 @@ def scaled_to_float16(v: Tensor) -> tuple[Tensor, Tensor]:
     return (v * scale).half(), scale.reciprocal()
 
 
+def scaled(t: Tensor, scale: Tensor | None) -> Tensor:
+    """t times the scalar `[]`; None is 1."""
+    return t if scale is None else t * scale
+
+
 def activation(y: Tensor, bn: Tensor | None) -> Tensor:
     """relu(scale*y + shift) rounded to y's dtype, as a GEMM reads it; y itself when there is no `bn`."""
     if bn is None:

@@ -147,6 +147,15 @@ def bn_bwd_reduce(
     return centred_sums(g, y, bn), None if residual_bn is None else centred_sums(g, residual, residual_bn)
 
 
+def bn_bwd_mask(g: Tensor, y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor]:
+    """g' = g masked by the sign of scale*y + shift, and in the same read the sums `[P, 2, C]` of `bn_bwd_reduce`.
+
+    g, y `[N, H, W, C]`; g' may take g's memory.
+    """
+    g = _relu_masked(g, y, bn, None, True)
+    return g, centred_sums(g, y, bn)
+
+
 def bn_bwd_finalize(sums: Tensor, bn: Tensor, count: int | None) -> Tensor:
     """Sum the partials `[P, 2, C]` in their order and form `grad` `[4, C]`: dgamma, dbeta, b, c.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import acc, activation, rows, scaled_to_float16, small_product
+from ._common import acc, activation, rows, scaled, scaled_to_float16, small_product
 from .batch_norm import scale_and_shift, stack_grad, update_running_stats
 
 PIVOT_ROWS = 64
@@ -82,37 +82,31 @@ def gram_bwd(
     count: int,
     mean: Tensor | None = None,
     scatter: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The small-matrix half of the backward of BN(a W^T).
 
     p `[N, K]` = g^T a and sum_g `[N]` in acc, where g is the gradient of the BN's output; conv_weight W `[N, K]`;
     mean, scatter as from `gram_finalize`, both None for constant statistics.
 
-    Returns `(dW, grad, u, v, k)`: dW `[N, K]` and `grad` `[4, N]` in acc, and the operands of the gradient of a,
-    da = g u + a v + k: u `[N, K]`, v `[K, K]` and k `[K]` (acc). u and v are rounded to W's dtype. In float16 v, of the
-    order of dgamma/M, would underflow: for it they are float32 tensors of float16's digits, `scaled_to_float16(v)` is
-    exact. k is formed from the rounded u and v, so that the mean of da is zero to rounding. For constant statistics v
-    and k are None.
+    Returns `(dW, grad, u, v, k, v_scale)`: dW `[N, K]` and `grad` `[4, N]` in acc, and the operands of the gradient of
+    a, da = g u + v_scale*(a v) + k: u `[N, K]` and v `[K, K]` in W's dtype, k `[K]` in acc. In float16 v, of the order
+    of dgamma/M, would underflow: there it is multiplied by a power of two, and v_scale, float32 `[]`, undoes that;
+    otherwise v_scale is None, and 1. k is formed from the rounded u and v, so that the mean of da is zero to rounding.
+    For constant statistics v and k are None.
     """
     w = acc(conv_weight)
     mean_y, rstd, scale = bn[0], bn[1], bn[2]
     u = (scale[:, None] * w).to(conv_weight.dtype)
-    if u.dtype == torch.float16:
-        u = u.float()
     if scatter is None:
         dgamma = rstd * ((p * w).sum(1) - mean_y * sum_g)
-        return scale[:, None] * p, stack_grad(dgamma, sum_g, mean_y, rstd, None), u, None, None
+        return scale[:, None] * p, stack_grad(dgamma, sum_g, mean_y, rstd, None), u, None, None, None
     centred = p - torch.outer(sum_g, mean)
     dgamma = rstd * (centred * w).sum(1)
     grad = stack_grad(dgamma, sum_g, mean_y, rstd, count)
     slope = grad[2][:, None]
     dw = scale[:, None] * (centred + slope * small_product(w, scatter))
     v = small_product(w.T, scale[:, None] * slope * w)
-    if conv_weight.dtype == torch.float16:
-        half, factor = scaled_to_float16(v)
-        v = half.float() * factor
-    else:
-        v = v.to(conv_weight.dtype)
+    v, v_scale = scaled_to_float16(v) if conv_weight.dtype == torch.float16 else (v.to(conv_weight.dtype), None)
     # Matrix times vector: the other way round is a product of matrices, which might be TF32's.
-    k = -(acc(u).T @ (sum_g / count) + acc(v).T @ mean)
-    return dw, grad, u, v, k
+    k = -(acc(u).T @ (sum_g / count) + scaled(acc(v).T @ mean, v_scale))
+    return dw, grad, u, v, k, v_scale

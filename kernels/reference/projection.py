@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._common import acc, masked, rows, strided_pixels
+from ._common import acc, masked, rows, scaled, strided_pixels
 from .batch_norm import ChannelStats, channel_stats
 from .gram import Gram, gram_of_rows
 
@@ -59,16 +59,17 @@ def projection_dgrad(
     stride: int,
     out: Tensor | None = None,
     relu: bool = False,
+    v_scale: Tensor | None = None,
 ) -> None:
-    """Add g' u + x_s v + k to the strided pixels of dx `[N, H, W, C]`, in place, rounded once to dx's dtype.
+    """Add g' u + v_scale*(x_s v) + k to the strided pixels of dx `[N, H, W, C]`, in place, rounded once to dx's dtype.
 
-    g, g' and out as in `projection_wgrad`; u `[K, C]`, v `[C, C]`, k `[C]` from `gram_bwd` (v and k None for constant
-    statistics). relu: mask these pixels of dx by the ReLU that gave x, for a block before this one that expects its
+    g, g' and out as in `projection_wgrad`; u `[K, C]`, v `[C, C]`, k `[C]` and v_scale `[]` from `gram_bwd` (None
+    for constant statistics, v_scale but for float16). relu: mask these pixels of dx by the ReLU that gave x, for a block before this one that expects its
     gradient so.
     """
     added = acc(g if out is None else masked(g, out)) @ acc(u)
     if v is not None:
-        added += acc(strided_pixels(x, stride)) @ acc(v)
+        added += scaled(acc(strided_pixels(x, stride)) @ acc(v), v_scale)
     if k is not None:
         added += k
     pixels = strided_pixels(dx, stride)

@@ -8,21 +8,36 @@ from .batch_norm import (
     bn_act,
     bn_bwd_apply,
     bn_bwd_finalize,
+    bn_bwd_mask,
     bn_bwd_reduce,
     bn_constants,
     bn_finalize,
     channel_stats,
 )
+from .conv1x1 import conv1x1, conv1x1_bwd, conv1x1_dgrad, conv1x1_wgrad
+from .expand import expand, expand_dgrad, expand_wgrad
+from .gram import gram, gram_bwd, gram_finalize
 from .stem import stem_pool, stem_pool_bwd
 
 __all__ = [
     "bn_act",
     "bn_bwd_apply",
     "bn_bwd_finalize",
+    "bn_bwd_mask",
     "bn_bwd_reduce",
     "bn_constants",
     "bn_finalize",
     "channel_stats",
+    "conv1x1",
+    "conv1x1_bwd",
+    "conv1x1_dgrad",
+    "conv1x1_wgrad",
+    "expand",
+    "expand_dgrad",
+    "expand_wgrad",
+    "gram",
+    "gram_bwd",
+    "gram_finalize",
     "stem_pool",
     "stem_pool_bwd",
 ]

@@ -5,6 +5,7 @@
     bn_constants     mean, rstd, scale and shift from running statistics
     bn_act           out = relu(scale*y + shift + shortcut)
     bn_bwd_reduce    partial sums of g' and g'*(y - mean), g' being g behind the ReLU's mask; for one BN or for two
+    bn_bwd_mask      the same for one BN, and g' itself, in g's memory
     bn_bwd_finalize  dgamma, dbeta, b and c from the partial sums
     bn_bwd_apply     dy = scale*(g' + b*y + c), and the shortcut's gradient
 
@@ -176,7 +177,7 @@ def _vector(pointer, c, C):
 
 
 @triton.jit
-def _store_bn(bn, mean, var, weight, bias, eps, c, C):
+def store_bn(bn, mean, var, weight, bias, eps, c, C):
     """Write mean, rstd, scale and shift."""
     rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     scale = rstd
@@ -192,7 +193,7 @@ def _store_bn(bn, mean, var, weight, bias, eps, c, C):
 
 
 @triton.jit
-def _move(running, batch, num_batches_tracked, momentum, c, C):
+def move_running(running, batch, num_batches_tracked, momentum, c, C):
     """Move running statistics towards the batch's, by `momentum` or, where it is None, by 1/num_batches_tracked."""
     old = _vector(running, c, C)
     step = batch - old
@@ -245,10 +246,10 @@ def _bn_finalize_kernel(
     batch_mean = pivot + offset
     lane_mean -= offset[None, :]
     batch_m2 = tl.sum(tl.fma(n * lane_mean, lane_mean, lane_m2), 0)
-    _store_bn(bn, batch_mean, tl.div_rn(batch_m2, total), weight, bias, eps, c, C)
+    store_bn(bn, batch_mean, tl.div_rn(batch_m2, total), weight, bias, eps, c, C)
     if running_mean is not None:
-        _move(running_mean, batch_mean, num_batches_tracked, momentum, c, C)
-        _move(running_var, tl.div_rn(batch_m2, total - 1), num_batches_tracked, momentum, c, C)
+        move_running(running_mean, batch_mean, num_batches_tracked, momentum, c, C)
+        move_running(running_var, tl.div_rn(batch_m2, total - 1), num_batches_tracked, momentum, c, C)
         # Without momentum every program reads the counter: then the launcher has counted already.
         if num_batches_tracked is not None and momentum is not None:
             if tl.program_id(0) == 0:
@@ -261,7 +262,7 @@ def _bn_constants_kernel(
 ):
     C = units * UNIT
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    _store_bn(bn, _vector(running_mean, c, C), _vector(running_var, c, C), weight, bias, eps, c, C)
+    store_bn(bn, _vector(running_mean, c, C), _vector(running_var, c, C), weight, bias, eps, c, C)
 
 
 @triton.jit(do_not_specialize=["M", "units"])
@@ -307,6 +308,7 @@ def _bn_bwd_reduce_kernel(
     out,
     residual,
     residual_bn,
+    masked,
     sums,
     residual_sums,
     M,
@@ -336,6 +338,8 @@ def _bn_bwd_reduce_kernel(
             grad = tl.where(_load(out, base, offsets, inside) <= 0, 0.0, grad)
         elif RELU:
             grad = tl.where(tl.fma(raw, scale, shift) <= 0, 0.0, grad)
+        if masked is not None:
+            tl.store(masked + base + offsets, grad.to(masked.dtype.element_ty), mask=inside)
         sum_g += grad
         centred += grad * (raw - mean)
         if residual is not None:
@@ -475,6 +479,29 @@ def channel_stats(y: Tensor) -> ChannelStats:
     return ChannelStats(count, mean, m2)
 
 
+def check_running(
+    kernel: str,
+    device: torch.device,
+    channels: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Raise unless a batch norm's parameters and state fit; with momentum None, count the batch."""
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    check_dense(kernel, (channels,), DTYPES, device, **vectors)
+    check_dense(kernel, (), (torch.int64,), device, num_batches_tracked=num_batches_tracked)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{kernel}: running_mean and running_var belong together: pass both, or neither")
+    if running_mean is not None and momentum is None:
+        if num_batches_tracked is None:
+            raise ValueError(f"{kernel}: momentum=None needs num_batches_tracked: pass it, or a momentum")
+        num_batches_tracked.add_(1)
+
+
 def bn_finalize(
     stats: ChannelStats,
     weight: Tensor | None,
@@ -499,23 +526,9 @@ def bn_finalize(
     check_device(kernel, "stats.mean", mean)
     check_dense(kernel, (groups,), (torch.float32,), mean.device, **{"stats.count": count})
     check_dense(kernel, (groups, channels), (torch.float32,), mean.device, **{"stats.mean": mean, "stats.m2": m2})
-    check_dense(
-        kernel,
-        (channels,),
-        DTYPES,
-        mean.device,
-        weight=weight,
-        bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
+    check_running(
+        kernel, mean.device, channels, weight, bias, running_mean, running_var, num_batches_tracked, momentum
     )
-    check_dense(kernel, (), (torch.int64,), mean.device, num_batches_tracked=num_batches_tracked)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("bn_finalize: running_mean and running_var belong together: pass both, or neither")
-    if running_mean is not None and momentum is None:
-        if num_batches_tracked is None:
-            raise ValueError("bn_finalize: momentum=None needs num_batches_tracked: pass it, or a momentum")
-        num_batches_tracked.add_(1)
     bn = torch.empty(4, channels, dtype=torch.float32, device=mean.device)
     with on_device(mean.device):
         _bn_finalize_kernel[(ceil_div(channels, FINALIZE.channels),)](
@@ -621,10 +634,33 @@ def bn_bwd_reduce(
 
     Raises as `bn_act` does.
     """
-    check_activations("bn_bwd_reduce", g=g, y=y, out=out, residual=residual)
-    check_vectors("bn_bwd_reduce", y, bn=bn, residual_bn=residual_bn)
     if (residual is None) != (residual_bn is None):
         raise ValueError("bn_bwd_reduce: residual and residual_bn describe one branch: pass both, or neither")
+    return _reduce("bn_bwd_reduce", g, y, bn, out, relu, residual, residual_bn, None)
+
+
+def bn_bwd_mask(g: Tensor, y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor]:
+    """g' in g's memory and partial sums `[P, 2, C]`; reads g and y, writes g'. See the reference.
+
+    Raises as `bn_act` does.
+    """
+    sums, _ = _reduce("bn_bwd_mask", g, y, bn, None, True, None, None, g)
+    return g, sums
+
+
+def _reduce(
+    kernel: str,
+    g: Tensor,
+    y: Tensor,
+    bn: Tensor,
+    out: Tensor | None,
+    relu: bool,
+    residual: Tensor | None,
+    residual_bn: Tensor | None,
+    masked: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    check_activations(kernel, g=g, y=y, out=out, residual=residual)
+    check_vectors(kernel, y, bn=bn, residual_bn=residual_bn)
     rows, channels = _rows(y), y.shape[-1]
     config = CONFIGS[part_of(y.device)]["bn_bwd_reduce"]
     tile = tile_shape(channels, y.element_size(), config)
@@ -640,6 +676,7 @@ def bn_bwd_reduce(
             out,
             residual,
             residual_bn,
+            masked,
             sums,
             residual_sums,
             rows,

@@ -1,6 +1,7 @@
 """A whole training step: what is counted, under which label, and what the three schemes come to."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def test_counted_and_modelled_bytes_of_stock_agree_within_5_percent(name):
     assert cost.modelled_stock_bytes(model, shape) == pytest.approx(counted, rel=0.05)
 
 
-def test_the_plan_of_today_moves_at_most_0_80_of_stock(steps):
-    assert cost.total(steps["today"]).bytes <= 0.80 * cost.total(steps["stock"]).bytes
+def test_the_plan_of_today_moves_at_most_0_48_of_stock(steps):
+    assert cost.total(steps["today"]).bytes <= 0.48 * cost.total(steps["stock"]).bytes
 
 
 def test_the_complete_plan_moves_at_most_0_42_of_stock(steps):
@@ -45,11 +46,10 @@ def test_stock_flops_are_those_of_the_paper(steps):
     assert flops == pytest.approx(3 * 2 * 4.09e9 - stem_dgrad, rel=0.002)
 
 
-def test_the_stored_form_computes_what_stock_does_and_the_folded_one_gram_matrices_too(steps):
-    """Up to the small matrices: Gram folding costs a few percent of the FLOPs."""
+def test_gram_folding_costs_a_few_percent_of_the_flops(steps):
     stock, today, complete = (cost.total(steps[scheme]).flops for scheme in cost.SCHEMES)
-    assert today == stock
-    assert stock < complete < 1.1 * stock
+    # The complete plan folds every projection.
+    assert stock < today < complete < 1.1 * stock
 
 
 @pytest.mark.parametrize("scheme", cost.SCHEMES)
@@ -62,7 +62,7 @@ def test_every_step_stands_under_its_block(steps, scheme):
     forward = [step for step in steps[scheme] if step.unit == "layer3.1" and step.direction == "forward"]
     convs = {
         "stock": ["convolution"] * 3,
-        "today": ["conv1x1", "conv3x3", "conv1x1"],
+        "today": ["conv1x1", "conv3x3", "expand"],
         "complete": ["conv1x1", "conv3x3", "expand"],
     }
     assert [step.kernel for step in forward if step.kernel in convs[scheme]] == convs[scheme]
@@ -126,7 +126,10 @@ def test_a_comparison_prints_every_block_and_the_totals(resnet50):
     comparison = cost.compare(resnet50, (32, 3, 224, 224), part=PARTS["a100"])
     text = str(comparison)
     assert "Floors on one A100 SXM 80 GB: 2.039 TB/s, 312 TFLOP/s (NVIDIA A100 Tensor Core GPU datasheet" in text
-    assert "layer3.1 (same: layer3.2, layer3.3, layer3.4)" in text
+    assert "layer3.1 to layer3.4" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("  forward") and "projection_conv" in line]
+    assert "projection  " in line, "the widest projection is stored"
+    assert re.search(r"forward +expand +triton .* modelled \d+, library \d+", text)
     for name, scheme in (("stock eager, counted", "stock"), ("the complete plan, modelled", "complete")):
         (line,) = [line for line in text.splitlines() if line.startswith(name)]
         counted = cost.total(comparison.steps[scheme]).bytes / 32 / 1e6

@@ -49,10 +49,8 @@ class Kernels:
         self, dx, g, x, u, v, k, stride, out=None, relu=False, v_scale=None, path="portable"
     ) -> None:  # fmt: skip
         moved = _there(dx)
-        hopper = path == "hopper"
         g, x, u, v, k, out, v_scale = map(_there, (g, x, u, v, k, out, v_scale))
-        # The op itself: the launcher forms v_scale of its own.
-        torch.ops.fastres_projection.dgrad(moved, g, x, u, v, k, out, relu, v_scale, stride, hopper)
+        namespace(path).projection_dgrad(moved, g, x, u, v, k, stride, out, relu, v_scale)
         _storage(dx).copy_(_storage(moved)) if _small(dx) else dx.copy_(moved)
 
 

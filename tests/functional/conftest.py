@@ -183,7 +183,7 @@ BOTH_FORMS = [name for name, (cls, _) in UNITS.items() if cls in (Bottleneck, Ba
 def unit_name(request) -> str:
     """Of every unit, in every form; the forms on a CPU are Gram-folded unless a plan is told otherwise."""
     name, _, stored = request.param.partition(", ")
-    with plan.wrapping(lambda k: plan.in_form(k, False)) if stored else contextlib.nullcontext():
+    with plan.wrapping(lambda k: plan.in_form(k, gram_folding=False)) if stored else contextlib.nullcontext():
         yield name
 
 

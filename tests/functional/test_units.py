@@ -199,10 +199,10 @@ def test_backward_has_the_form_of_its_forward(name, folded, make_unit):
     """Whatever the plan says by then."""
     unit, x = make_unit(name)
     leaves = [x.requires_grad_(), *unit.parameters()]
-    with plan.wrapping(lambda k: plan.in_form(k, folded)):
+    with plan.wrapping(lambda k: plan.in_form(k, gram_folding=folded)):
         out = unit.fused(x)
     g = torch.randn_like(out)
-    with plan.wrapping(lambda k: plan.in_form(k, not folded)):
+    with plan.wrapping(lambda k: plan.in_form(k, gram_folding=not folded)):
         ours = torch.autograd.grad(out, leaves, g)
     for index, stock in enumerate(torch.autograd.grad(unit.stock(x), leaves, g)):
         assert_close(str(index), ours[index], stock)

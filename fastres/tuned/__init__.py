@@ -1,0 +1,40 @@
+"""Measured seconds of single kernel calls, by GPU: one table, `<gpu>.json`, for each GPU that was measured.
+
+A table is an object with "gpu", the name that `torch.cuda.get_device_name` gives, "conditions", whatever describes the
+measurement (versions, date, source), and "seconds": for each call, by its label (`fastres.cost.seconds.Call.label`),
+the median seconds by namespace of `fastres.kernels`:
+
+    {"gpu": "NVIDIA H200", "conditions": {...}, "seconds": {"conv1x1 ...": {"triton": 1.2e-4, "library": 1.5e-4}}}
+
+No table is shipped yet: nothing was measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+
+
+def seconds(device: torch.device, label: str) -> dict[str, float] | None:
+    """By namespace, the seconds that a call was measured to take on this GPU; None where it was not."""
+    if device.type != "cuda":
+        return None
+    return table(torch.cuda.get_device_name(device)).get(label)
+
+
+@functools.cache
+def table(gpu: str) -> dict[str, dict[str, float]]:
+    """The seconds of a GPU's table by call, empty where there is no table for it. ValueError for a damaged one."""
+    file = _FOLDER / f"{re.sub('[^a-z0-9]+', '-', gpu.lower())}.json"
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text())["seconds"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a table of measured seconds ({error!r}): install fastres again") from error
