@@ -164,7 +164,7 @@ def _parts(names: list[str]) -> list[int]:
 
 
 def _wanted(family: str | None, kernel: str | None) -> list[Request]:
-    wanted = {name: static_checks.requests(name, every_dtype=True) for name in cases.BY_FAMILY}
+    wanted = {name: static_checks.requests(name, everything=True) for name in cases.BY_FAMILY}
     wanted = {name: requests for name, requests in wanted.items() if requests}
     if family is not None:
         if family not in wanted:

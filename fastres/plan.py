@@ -10,10 +10,11 @@ and know nothing of backends. Flags beside the launchers say which lists of call
   activation that is formed again for the wgrad) is the conv's own work, or the batch norm family's where the convs are
   another namespace's.
 
-On a CPU launches cost little and blocks are folded for the memory, although the stored form can be the faster one there.
-On a GPU the flags follow from channel counts alone, so that no batch size changes what is saved for backward, by a model
-of bytes and products (docs/arithmetic.md, "What the plan folds"). Launchers that both Triton and the library offer are
-chosen call by call (`PerCall`): by what was measured on this GPU for these shapes (`fastres.tuned`), else by a model.
+On a CPU launches cost little and blocks are folded for the memory, although the stored form can be the faster one
+there. On a GPU the flags follow from channel counts alone, so that no batch size changes what is saved for backward, by
+a model of bytes and products (docs/arithmetic.md, "What the plan folds"). Launchers that both Triton and the library
+offer are chosen call by call (`PerCall`): by what was measured on this GPU for these shapes (`fastres.tuned`), else by
+a model.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ class PerCall:
         call = seconds.Call.of(self.kernel, args, kwargs)
         found, how = tuned.seconds(call.device, call.label), "measured"
         if found is None or not set(self.launchers) <= set(found):
-            found, how = {name: call.modelled(name, launcher, _part) for name, launcher in self.launchers.items()}, "modelled"
+            found, how = (
+                {name: call.modelled(name, launcher, _part) for name, launcher in self.launchers.items()},
+                "modelled",
+            )
         ordered = sorted(self.launchers, key=found.get)
         best, *others = (f"{1e6 * found[name]:.0f}" for name in ordered)
         left = ", ".join(f"{name} {other}" for name, other in zip(ordered[1:], others, strict=True))

@@ -80,18 +80,23 @@ _LOOP_STAGES = re.compile(r"tt\.num_stages = (\d+)")
 
 @dataclass(frozen=True)
 class Request:
-    """A case of `fastres.cases` by name, the dtype of its activations ("bfloat16") and the sizes to make it with."""
+    """A case of `fastres.cases` by name, the dtype of its activations ("bfloat16") and the sizes to make it with.
+
+    tile: of GEMMs, which of the tiles they can choose from: 0 is the preferred one.
+    """
 
     case: str
     dtype: str
     sizes: tuple[tuple[str, object], ...]  # hashable, so that a request can be a key
+    tile: int = 0
 
     def __str__(self) -> str:
-        return f"{self.case}; {self.dtype}; {', '.join(f'{name} {size}' for name, size in self.sizes)}"
+        tile = f"; tile {self.tile}" if self.tile else ""
+        return f"{self.case}; {self.dtype}; {', '.join(f'{name} {size}' for name, size in self.sizes)}{tile}"
 
     @staticmethod
-    def of(case: str, dtype: torch.dtype, **sizes: object) -> Request:
-        return Request(case, str(dtype).removeprefix("torch."), tuple(sizes.items()))
+    def of(case: str, dtype: torch.dtype, tile: int = 0, **sizes: object) -> Request:
+        return Request(case, str(dtype).removeprefix("torch."), tuple(sizes.items()), tile)
 
 
 @dataclass(frozen=True)
@@ -150,16 +155,18 @@ class Figures:
         )
 
 
-def requests(family: str, every_dtype: bool = False) -> list[Request]:
-    """What the cases of a family ask to be compiled; float16 is left out unless `every_dtype`.
+def requests(family: str, everything: bool = False) -> list[Request]:
+    """What the cases of a family ask to be compiled; without `everything`, float16 and all but the preferred tiles are
+    left out.
 
     What differs between the 16-bit dtypes is the conversions, so what is asked for in bfloat16 stands for both.
     """
     wanted = {}
     for case in cases.BY_FAMILY[family]:
         for dtype, sizes in case.static:
-            for each in (dtype, torch.float16) if every_dtype and dtype == torch.bfloat16 else (dtype,):
-                wanted[Request.of(case.name, each, **sizes)] = None
+            for each in (dtype, torch.float16) if everything and dtype == torch.bfloat16 else (dtype,):
+                for tile in range(case.tiles if everything else 1):
+                    wanted[Request.of(case.name, each, tile, **sizes)] = None
     return list(wanted)
 
 
@@ -266,11 +273,11 @@ def configuration(kernel: object, *args: object, **kwargs: object) -> dict[str, 
 def _launches(request: Request, part: int) -> list[Launch]:
     """What a case launches for a part."""
     from fastres.kernels import reference, triton
-    from fastres.kernels.triton import _common
+    from fastres.kernels.triton import _common, _gemm
 
     k = {name: getattr(triton if hasattr(triton, name) else reference, name) for name in reference.__all__}
     case = cases.BY_NAME[request.case]
-    _common.PART_WITHOUT_GPU = _common.configured_part(part)
+    _common.PART_WITHOUT_GPU, _gemm.PREFERRED = _common.configured_part(part), request.tile
     with recorded(part) as launches:
         inputs = case.make(cases.Maker(getattr(torch, request.dtype), "meta"), **dict(request.sizes))
         case.run(SimpleNamespace(**k), inputs)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def aligned(
-    table: Sequence[Sequence[str]], right_from: int | None = None, left_from: int | None = None
-) -> list[str]:
+def aligned(table: Sequence[Sequence[str]], right_from: int | None = None, left_from: int | None = None) -> list[str]:
     """The lines of a table whose first row is the header; columns from `right_from` on are set to the right, those from
     `left_from` on to the left again.
     """

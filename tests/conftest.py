@@ -48,7 +48,7 @@ def compiled(all_parts):
 
     def get(family: str):
         if family not in made:
-            requests = static_checks.requests(family, every_dtype=all_parts)
+            requests = static_checks.requests(family, everything=all_parts)
             made[family] = static_checks.figures(requests, static_checks.PARTS if all_parts else (80, 90))
         return made[family]
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres import backends, plan, tuned
@@ -168,9 +167,7 @@ class TestPerCall:
         monkeypatch.setattr(plan.tuned, "seconds", seconds)
         choice = self.conv(802_816, 256, 64)
         assert plan.origin(choice.launcher) == "library" and choice.reason == "measured 1000, triton 2000"
-        assert found["label"] == (
-            "conv1x1 bfloat16: x 1x1x802816x256, weight 64x256, stride 1, with_stats True"
-        )
+        assert found["label"] == ("conv1x1 bfloat16: x 1x1x802816x256, weight 64x256, stride 1, with_stats True")
 
     def test_a_table_that_lacks_a_namespace_does_not_decide(self, monkeypatch):
         monkeypatch.setattr(plan.tuned, "seconds", lambda device, label: {"library": 1e-9})
@@ -182,7 +179,7 @@ class TestPerCall:
         for first, second in (("library", "reference"), ("reference", "library")):
             monkeypatch.setattr(plan.tuned, "seconds", lambda *_, t={first: 1.0, second: 2.0}: t)
             k._choices.clear()
-            expected = getattr({"library": library, "reference": reference}[first], "conv1x1")(x, weight)[0]
+            expected = {"library": library, "reference": reference}[first].conv1x1(x, weight)[0]
             assert torch.equal(k(x, weight)[0], expected)
 
     def test_choosing_is_not_seen_by_modes_around(self):
@@ -247,7 +244,9 @@ def test_what_folding_a_projection_saves():
     """The figures of docs/arithmetic.md, in seconds: those of ResNet-50's first three layers at a batch of 256."""
     pixels = 256 * 56 * 56
     layers = (pixels, 64, 256, False), (pixels // 4, 256, 512, True), (pixels // 16, 512, 1024, True)
-    saved = {few: [round(plan.seconds_saved_by_folding(*layer, few) * 1e3, 2) for layer in layers] for few in (True, False)}
+    saved = {
+        few: [round(plan.seconds_saved_by_folding(*layer, few) * 1e3, 2) for layer in layers] for few in (True, False)
+    }
     assert saved == {True: [0.54, 0.12, -0.1], False: [0.37, -0.05, -0.27]}
 
 

@@ -29,6 +29,7 @@ class Case:
     sizes: those that `fastres verify` uses.
     static: dtypes and sizes for which the Triton kernels are compiled offline, one of each configuration; bfloat16
         stands for float16 too.
+    tiles: how many of the tiles that a Triton GEMM can choose from `static` is for, the preferred one first.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     stock: Callable[[Inputs], Results]
     sizes: dict[str, object] = field(default_factory=dict)
     static: tuple[tuple[torch.dtype, dict[str, object]], ...] = ()
+    tiles: int = 1
 
 
 class Maker:

@@ -27,7 +27,8 @@ _NARROW = {"n": 256, "h": 56, "w": 56, "c": 64, "k": 64}
 _GENERAL = {"n": 256, "h": 14, "w": 14, "c": 100, "k": 36}
 STATIC = (*((_BF16, sizes) for sizes in (*_WIDTHS, _NARROW, _GENERAL)), (_F32, _NARROW))
 """Every tile there is, channel counts that TMA does not take, and float32."""
-STRIDED = ((_BF16, _WIDTHS[1]), (_F32, _NARROW))
+FORM = ((_BF16, _WIDTHS[1]),)
+"""For what differs from the main form of a kernel in its loads or its epilogue."""
 ONE_PASS = tuple((dtype, sizes) for dtype, sizes in STATIC if dtype == _BF16 and sizes["k"] <= 128)
 
 
@@ -54,7 +55,7 @@ def _backward(stride, residual, form, mask=False):
     def make(f: Maker, n, h, w, c, k):
         x = f.activation(n, h, w, c)
         weight = f.weight(k, c)
-        y = conv(x, weight, stride) + f.activation(k)
+        y = (conv(x, weight, stride) + f.activation(k)).contiguous()
         g = f.activation(*y.shape)
         t = {
             "x": x,
@@ -77,9 +78,7 @@ def _backward(stride, residual, form, mask=False):
 def _run_backward(k, t):
     through = {name: t[name] for name in ("g", "bn", "grad", "y", "stride") if name in t}
     mask = t["x"] if t["mask"] else None
-    dx = k.conv1x1_dgrad(
-        weight=t["weight"], input_hw=t["x"].shape[1:3], residual=t["residual"], mask=mask, **through
-    )
+    dx = k.conv1x1_dgrad(weight=t["weight"], input_hw=t["x"].shape[1:3], residual=t["residual"], mask=mask, **through)
     return {"dx": dx, "dW": k.conv1x1_wgrad(t["x"], **through)}
 
 
@@ -122,7 +121,8 @@ CASES = [
             _run_forward,
             _stock_forward,
             SIZES,
-            STRIDED if stride == 2 else STATIC,
+            FORM if stride == 2 or prologue else STATIC,
+            tiles=1 if stride == 2 or prologue else 2,
         )
         for stride, prologue in ((1, False), (2, False), (1, True), (2, True))
     ),
@@ -135,16 +135,17 @@ CASES = [
             _stock_backward,
             SIZES,
             static,
+            tiles=2 if static is STATIC else 1,
         )
         for stride, residual, form, mask, static in (
-            (1, False, "batch", False, ()),
-            (1, True, "batch", False, STATIC),
+            (1, False, "batch", False, FORM),
+            (1, True, "batch", False, FORM),
             (1, True, "batch", True, STATIC),
             (1, False, "plain", True, ()),
-            (2, True, "batch", False, STRIDED),
+            (2, True, "batch", False, FORM),
             (2, True, "batch", True, ()),
-            (1, True, "constant", False, STRIDED),
-            (1, True, "plain", False, STRIDED),
+            (1, True, "constant", False, FORM),
+            (1, True, "plain", False, FORM),
             (2, False, "plain", False, ()),
         )
     ),
@@ -157,10 +158,11 @@ CASES = [
             _stock_backward,
             SIZES,
             static,
+            tiles=2 if static is ONE_PASS else 1,
         )
         for residual, form, mask, static in (
-            (False, "batch", False, ()),
-            (True, "batch", False, ONE_PASS),
+            (False, "batch", False, FORM),
+            (True, "batch", False, FORM),
             (True, "batch", True, ONE_PASS),
             (True, "constant", True, ()),
             (False, "plain", False, ()),

@@ -104,7 +104,9 @@ def _stock(constant, stride=None):
         g, dw, dgamma, dbeta, dz = torch.autograd.grad(out, [summed, weight, gamma, beta, z], t["g"])
         if stride is not None:
             x_s = t["x"][:, ::stride, ::stride]
-            results["Px"] = torch.nn.grad.conv2d_weight(nchw(x_s), (*t["shortcut_weight"].shape, 1, 1), nchw(g)).flatten(1)
+            results["Px"] = torch.nn.grad.conv2d_weight(
+                nchw(x_s), (*t["shortcut_weight"].shape, 1, 1), nchw(g)
+            ).flatten(1)
         _, inner_dgamma, inner_dbeta = batch_norm_backward(dz, t["y"], t["bn"])
         return results | {
             "out": out,
@@ -232,9 +234,12 @@ CASES = [
             _run_forward(form),
             _stock_forward(form),
             SIZES,
-            STATIC if form != 1 else (),
+            static,
+            tiles=tiles,
         )
-        for form, name in _FORMS.items()
+        for (form, name), (static, tiles) in zip(
+            _FORMS.items(), ((STATIC, 2), (STATIC[:2], 1), ((), 1), (STATIC[1:], 2)), strict=True
+        )
     ),
     *(
         Case(
@@ -245,12 +250,13 @@ CASES = [
             _stock_wgrad(stride, relu_behind),
             SIZES,
             static,
+            tiles=2 if static is STATIC else 1,
         )
         for stride, relu_behind, static in (
             (None, True, STATIC),
-            (None, False, STATIC[:3]),
+            (None, False, STATIC[1:3]),
             (1, True, STATIC[:1]),
-            (2, True, STATIC[:3]),
+            (2, True, STATIC[1:3]),
             (2, False, ()),
         )
     ),
@@ -263,6 +269,7 @@ CASES = [
             _stock_dgrad,
             SIZES,
             STATIC[:1] if constant else STATIC,
+            tiles=1 if constant else 2,
         )
         for constant in (False, True)
     ),

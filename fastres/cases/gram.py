@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastres.kernels import reference
+from fastres.kernels.reference.gram import Gram, gram_of_rows
 
 from ._common import Case, Maker, batch_norm, rows
 
@@ -50,7 +51,7 @@ def _make_small(f: Maker, n, h, w, k, c):
         p, sum_g = f.vector(c).new_empty(c, k), f.vector(c)
     else:
         wide = rows(a.double().relu())
-        moments = [t.to(f.acc) for t in reference.gram_of_rows(wide)]
+        moments = [t.to(f.acc) for t in gram_of_rows(wide)]
         p, sum_g = (t.to(f.acc) for t in (rows(g).double().T @ wide, rows(g).double().sum(0)))
     names = dict(zip(("gram", "total", "pivot"), moments, strict=True))
     return names | {
@@ -68,10 +69,12 @@ def _make_small(f: Maker, n, h, w, k, c):
 
 def _run_small(momentum):
     def run(k, t):
-        moments = reference.Gram(t["gram"], t["total"], t["pivot"])
+        moments = Gram(t["gram"], t["total"], t["pivot"])
         state = [t[name] for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
         bn, mean, scatter = k.gram_finalize(moments, t["count"], t["conv_weight"], *state, momentum, EPS)
-        dw, grad, u, v, offset, v_scale = k.gram_bwd(t["p"], t["sum_g"], t["conv_weight"], bn, t["count"], mean, scatter)
+        dw, grad, u, v, offset, v_scale = k.gram_bwd(
+            t["p"], t["sum_g"], t["conv_weight"], bn, t["count"], mean, scatter
+        )
         return {
             **dict(zip(("bn mean", "rstd", "scale", "shift"), bn, strict=True)),
             "running_mean": t["running_mean"],
@@ -100,7 +103,7 @@ def _stock_small(momentum):
 
 
 CASES = [
-    Case("gram", ("gram",), _make_moments, _run_moments, _stock_moments, SIZES, MOMENTS),
+    Case("gram", ("gram",), _make_moments, _run_moments, _stock_moments, SIZES, MOMENTS, tiles=2),
     *(
         Case(
             f"gram, small matrices{'' if momentum else ', cumulative average'}",

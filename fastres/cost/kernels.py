@@ -109,7 +109,9 @@ _FLOPS: dict[str, Callable[[Arguments, object], int]] = {
     **{name: lambda t, r: _conv(t["dy"], t["weight"].shape) for name in ("conv2d_dgrad", "conv3x3_dgrad")},
     **{name: lambda t, r: _conv(t["dy"], r.shape) for name in ("conv2d_wgrad", "conv3x3_wgrad")},
     "gram": lambda t, r: _square(_pixels(t["y"]), t["y"].shape[-1]),
-    "expand": lambda t, r: 2 * _pixels(r) * sum(w.numel() for w in (t["weight"], t["shortcut_weight"]) if w is not None),
+    "expand": lambda t, r: (
+        2 * _pixels(r) * sum(w.numel() for w in (t["weight"], t["shortcut_weight"]) if w is not None)
+    ),
     "expand_wgrad": lambda t, r: 2 * _pixels(t["g"]) * sum(p.numel() for p in (r[0], r[3]) if p is not None),
     "expand_dgrad": lambda t, r: _input_grad(t, _pixels(t["g"])),
     "projection_gram": lambda t, r: _square(_pixels(t["x"][:, :: t["stride"], :: t["stride"]]), t["x"].shape[-1]),

@@ -1,8 +1,8 @@
 """How long a kernel call should take on a GPU, by a model: what `fastres.plan` chooses by where nothing was measured.
 
 A call is one pass of bytes and products, or several; each takes what moving its bytes takes or computing its products,
-whichever is longer, and a launch besides. The rates are fractions of the datasheet's (docs/arithmetic.md, "What the plan
-chooses"): assumed, not measured.
+whichever is longer, and a launch besides. The rates are fractions of the datasheet's (docs/arithmetic.md, "What the
+plan chooses"): assumed, not measured.
 """
 
 from __future__ import annotations

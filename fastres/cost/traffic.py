@@ -187,9 +187,7 @@ class Traffic(Operators):
             flops = formula(*args, **kwargs, out_val=result) if formula else 0
             self.record(packet.__name__, "aten", moved, flops, tensors((args, result))[0].dtype)
 
-    def record(
-        self, kernel: str, backend: str, bytes: int, flops: int, dtype: torch.dtype, reason: str = ""
-    ) -> None:
+    def record(self, kernel: str, backend: str, bytes: int, flops: int, dtype: torch.dtype, reason: str = "") -> None:
         """Add a step of its own."""
         seconds = self.part.seconds(bytes, flops, dtype)
         self.steps.append(Step(self.unit, self.direction, kernel, backend, bytes, flops, seconds, reason))

@@ -119,9 +119,7 @@ def _backward(
     return Gradients(dx, g if need_shortcut else None, weights, grads)
 
 
-def _conv3x3(
-    k: SimpleNamespace, conv: Conv, x: Tensor, with_stats: bool
-) -> tuple[Tensor, ChannelStats | None]:
+def _conv3x3(k: SimpleNamespace, conv: Conv, x: Tensor, with_stats: bool) -> tuple[Tensor, ChannelStats | None]:
     """y and its statistics."""
     if k.conv3x3_fuses:
         return k.conv3x3(x, conv.weight, conv.stride, conv.dilation, conv.groups, with_stats)

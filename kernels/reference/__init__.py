@@ -17,7 +17,7 @@ from .conv1x1 import conv1x1, conv1x1_bwd, conv1x1_dgrad, conv1x1_wgrad
 from .conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
 from .conv3x3 import conv3x3, conv3x3_dgrad, conv3x3_wgrad
 from .expand import expand, expand_dgrad, expand_wgrad
-from .gram import Gram, gram, gram_bwd, gram_finalize, gram_of_rows
+from .gram import gram, gram_bwd, gram_finalize
 from .projection import projection_conv, projection_dgrad, projection_fprop, projection_gram, projection_wgrad
 from .stem import stem_pool, stem_pool_bwd
 

@@ -63,9 +63,9 @@ def projection_dgrad(
 ) -> None:
     """Add g' u + v_scale*(x_s v) + k to the strided pixels of dx `[N, H, W, C]`, in place, rounded once to dx's dtype.
 
-    g, g' and out as in `projection_wgrad`; u `[K, C]`, v `[C, C]`, k `[C]` and v_scale `[]` from `gram_bwd` (None
-    for constant statistics, v_scale but for float16). relu: mask these pixels of dx by the ReLU that gave x, for a block before this one that expects its
-    gradient so.
+    g, g' and out as in `projection_wgrad`; u `[K, C]`, v `[C, C]`, k `[C]` and v_scale `[]` from `gram_bwd` (None for
+    constant statistics, v_scale but for float16). relu: mask these pixels of dx by the ReLU that gave x, for a block
+    before this one that expects its gradient so.
     """
     added = acc(g if out is None else masked(g, out)) @ acc(u)
     if v is not None:

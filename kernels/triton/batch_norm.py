@@ -526,9 +526,7 @@ def bn_finalize(
     check_device(kernel, "stats.mean", mean)
     check_dense(kernel, (groups,), (torch.float32,), mean.device, **{"stats.count": count})
     check_dense(kernel, (groups, channels), (torch.float32,), mean.device, **{"stats.mean": mean, "stats.m2": m2})
-    check_running(
-        kernel, mean.device, channels, weight, bias, running_mean, running_var, num_batches_tracked, momentum
-    )
+    check_running(kernel, mean.device, channels, weight, bias, running_mean, running_var, num_batches_tracked, momentum)
     bn = torch.empty(4, channels, dtype=torch.float32, device=mean.device)
     with on_device(mean.device):
         _bn_finalize_kernel[(ceil_div(channels, FINALIZE.channels),)](

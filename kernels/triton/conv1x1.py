@@ -59,27 +59,55 @@ from ._gemm import (
     units,
 )
 
-# By output channels of the forward pass (conv1x1, conv1x1_wgrad, conv1x1_bwd) or by those of dx (conv1x1_dgrad).
+# By output channels of the forward pass (conv1x1, conv1x1_wgrad, conv1x1_bwd) or by those of dx (conv1x1_dgrad). Layers
+# of few channels are bound by memory: there several programs fit on an SM, and hide one another's latency.
 _HOPPER = {
     "conv1x1": {
-        64: (Tile(256, 64, 64, 4, 4, 4), Tile(128, 64, 64, 1, 4, 3)),
-        128: (Tile(256, 128, 64, 4, 8, 4), Tile(128, 128, 64, 2, 8, 3)),
+        64: (Tile(128, 64, 64, 1, 4, 3), Tile(64, 64, 64, 1, 4, 3)),
+        128: (Tile(256, 128, 64, 4, 8, 4), Tile(128, 128, 64, 2, 8, 2)),
     },
-    "conv1x1_dgrad": {64: (Tile(128, 64, 64, 1, 4, 3),) * 2, 256: (Tile(128, 256, 64, 2, 8, 3), Tile(128, 128, 64, 2, 8, 3))},
-    "conv1x1_wgrad": {64: (Tile(64, 128, 64, 1, 4, 3),) * 2, 128: (Tile(128, 256, 64, 1, 8, 3), Tile(128, 128, 64, 1, 8, 3))},
-    "conv1x1_bwd": {64: (Tile(64, 128, 64, 1, 4, 2), Tile(64, 64, 64, 1, 4, 2)), 128: (Tile(64, 128, 128, 1, 8, 2), Tile(64, 64, 128, 1, 8, 2))},
+    "conv1x1, BN + ReLU on load": {
+        64: (Tile(128, 64, 64, 1, 4, 3), Tile(64, 64, 64, 1, 4, 3)),
+        128: (Tile(128, 128, 64, 2, 8, 3), Tile(128, 128, 64, 2, 8, 2)),
+    },
+    "conv1x1_dgrad": {
+        64: (Tile(128, 64, 64, 1, 4, 3), Tile(64, 64, 64, 1, 4, 3)),
+        256: (Tile(128, 256, 64, 2, 8, 3), Tile(128, 128, 64, 2, 8, 2)),
+    },
+    "conv1x1_wgrad": {
+        64: (Tile(64, 128, 64, 1, 4, 3), Tile(64, 64, 64, 1, 4, 3)),
+        128: (Tile(128, 256, 64, 1, 8, 3), Tile(128, 128, 64, 1, 8, 2)),
+    },
+    "conv1x1_bwd": {
+        64: (Tile(64, 128, 64, 1, 4, 2), Tile(64, 64, 64, 1, 4, 2)),
+        128: (Tile(64, 128, 128, 1, 8, 2), Tile(64, 64, 128, 1, 8, 2)),
+    },
 }
 _AMPERE = {
     "conv1x1": {
         64: (Tile(128, 64, 64, 1, 4, 4), Tile(128, 64, 32, 1, 4, 3)),
         128: (Tile(128, 128, 64, 2, 8, 4), Tile(128, 128, 32, 2, 8, 3)),
     },
-    "conv1x1_dgrad": {64: (Tile(128, 64, 64, 1, 4, 3),) * 2, 256: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3))},
-    "conv1x1_wgrad": {64: (Tile(64, 128, 64, 1, 4, 3),) * 2, 128: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3))},
-    "conv1x1_bwd": {64: (Tile(64, 64, 64, 1, 4, 2),) * 2, 128: (Tile(64, 64, 128, 1, 8, 2),) * 2},
+    "conv1x1, BN + ReLU on load": {
+        64: (Tile(128, 64, 64, 1, 4, 3), Tile(128, 64, 32, 1, 4, 3)),
+        128: (Tile(128, 128, 64, 2, 8, 3), Tile(128, 128, 32, 2, 8, 3)),
+    },
+    "conv1x1_dgrad": {
+        64: (Tile(128, 64, 64, 1, 4, 3), Tile(128, 64, 32, 1, 4, 3)),
+        256: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3)),
+    },
+    "conv1x1_wgrad": {
+        64: (Tile(64, 128, 64, 1, 8, 3), Tile(64, 64, 32, 1, 4, 3)),
+        128: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3)),
+    },
+    "conv1x1_bwd": {
+        64: (Tile(64, 64, 64, 1, 4, 2), Tile(32, 64, 64, 1, 4, 2)),
+        128: (Tile(64, 64, 128, 1, 8, 2), Tile(32, 64, 128, 1, 8, 2)),
+    },
 }
 CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
-_FLOAT32 = (Tile(64, 64, 16, 1, 8, 3), Tile(64, 32, 16, 1, 4, 2))
+"""By part; what comes by pointers takes the tiles of 80 on every part."""
+_FLOAT32 = (Tile(64, 64, 16, 2, 8, 3), Tile(64, 32, 16, 1, 4, 2))
 
 ONE_PASS_CHANNELS = 128
 """Output channels up to which `conv1x1_bwd` can hold all of dy's in one tile."""
@@ -242,10 +270,10 @@ def _conv1x1_bwd_kernel(
     store_tile(partials + tl.cast(split, tl.int64) * K * C, acc, 0, c, K, C, DEPTH, CHANNELS, False)
 
 
-def _choices(kernel: str, like: Tensor, channels: int) -> tuple[Tile, ...]:
+def _choices(form: str, like: Tensor, channels: int, tma: bool) -> tuple[Tile, ...]:
     if like.dtype == torch.float32:
         return _FLOAT32
-    return by_width(CONFIGS[part_of(like.device)][kernel], channels)
+    return by_width(CONFIGS[part_of(like.device) if tma else 80][form], channels)
 
 
 def _check_raw(kernel: str, g: Tensor, y: Tensor | None, bn: Tensor | None, grad: Tensor | None) -> Tensor | None:
@@ -305,7 +333,8 @@ def conv1x1(
         )
         return ChannelStats(count, mean, m2) if with_stats else None, compiled
 
-    return y, choose("conv1x1", _choices("conv1x1", x, k), x, launch)
+    form = "conv1x1" if bn is None else "conv1x1, BN + ReLU on load"
+    return y, choose("conv1x1", _choices(form, x, k, tma), x, launch)
 
 
 def conv1x1_dgrad(
@@ -368,7 +397,7 @@ def conv1x1_dgrad(
         )
         return dx, compiled
 
-    return choose(kernel, _choices(kernel, g, c), g, launch)
+    return choose(kernel, _choices(kernel, g, c, tma), g, launch)
 
 
 def conv1x1_wgrad(
@@ -418,7 +447,7 @@ def conv1x1_wgrad(
         )
         return partials, compiled
 
-    partials = choose(kernel, _choices(kernel, g, k), g, launch)
+    partials = choose(kernel, _choices(kernel, g, k, tma), g, launch)
     return sum_splits(partials, None if bn is None else bn[2])
 
 
@@ -483,5 +512,5 @@ def conv1x1_bwd(
         )
         return partials, compiled
 
-    partials = choose(kernel, _choices(kernel, g, k), g, launch)
+    partials = choose(kernel, _choices(kernel, g, k, tma), g, launch)
     return dx, sum_splits(partials, None if bn is None else bn[2])

@@ -4,8 +4,9 @@
     expand_wgrad  P = g'^T a, for a projection also g'^T x_s, and sum g'; g' = g behind the ReLU's mask, written once
     expand_dgrad  (g' u + a v + k) masked by a's ReLU, and the two sums of the batch norm in front
 
-`fastres.kernels.reference.expand` defines every form; docs/arithmetic.md derives them. Layout: dense `[N, H, W, C]` seen
-as `[M, C]`, any M and any channel counts; float32, float16 or bfloat16 in memory, float32 in accumulators, vectors and P.
+`fastres.kernels.reference.expand` defines every form; docs/arithmetic.md derives them. Layout: dense `[N, H, W, C]`
+seen as `[M, C]`, any M and any channel counts; float32, float16 or bfloat16 in memory, float32 in accumulators, vectors
+and P.
 
 Bytes moved: every operand and result once, weights and vectors aside, as far as the blocks of channels that share a
 row of pixels find it in L2: they have neighbouring numbers. expand_wgrad writes and reads partial sums besides.
@@ -68,7 +69,7 @@ _HOPPER = {
     "expand_wgrad": {
         64: (Tile(64, 256, 64, 1, 8, 2), Tile(64, 128, 64, 1, 4, 2)),
         128: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3)),
-        256: (Tile(256, 128, 64, 1, 8, 3), Tile(128, 128, 64, 1, 8, 3)),
+        256: (Tile(256, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3)),
     },
     "expand_dgrad": {
         64: (Tile(128, 64, 64, 2, 4, 3), Tile(64, 64, 64, 1, 4, 3)),
@@ -77,22 +78,23 @@ _HOPPER = {
 }
 _AMPERE = {
     "expand, resident": {
-        64: (Tile(64, 128, 64, 1, 4, 2), Tile(64, 64, 64, 1, 4, 2)),
+        64: (Tile(64, 128, 64, 1, 4, 2), Tile(32, 64, 64, 1, 4, 2)),
         128: (Tile(64, 128, 128, 1, 8, 2), Tile(64, 64, 128, 1, 8, 2)),
     },
-    "expand": {256: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3))},
-    "expand, project": {256: (Tile(128, 128, 32, 1, 8, 3), Tile(128, 64, 32, 1, 8, 3))},
+    "expand": {256: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 64, 32, 1, 8, 3))},
+    "expand, project": {256: (Tile(128, 64, 32, 1, 8, 3), Tile(64, 64, 32, 1, 4, 3))},
     "expand_wgrad": {
-        64: (Tile(64, 128, 64, 1, 8, 3), Tile(64, 64, 64, 1, 4, 3)),
-        128: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3)),
+        64: (Tile(64, 128, 32, 1, 8, 3), Tile(64, 64, 32, 1, 8, 3)),
+        128: (Tile(128, 128, 32, 1, 8, 3), Tile(128, 64, 32, 1, 8, 3)),
     },
     "expand_dgrad": {
-        64: (Tile(128, 64, 64, 1, 4, 3), Tile(64, 64, 64, 1, 4, 3)),
-        256: (Tile(128, 128, 64, 2, 8, 3), Tile(128, 128, 32, 2, 8, 3)),
+        64: (Tile(128, 64, 32, 1, 4, 3), Tile(64, 64, 32, 1, 4, 3)),
+        256: (Tile(128, 128, 32, 2, 8, 3), Tile(64, 64, 32, 1, 4, 3)),
     },
 }
 CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
-_FLOAT32 = (Tile(64, 64, 16, 1, 8, 3), Tile(64, 32, 16, 1, 4, 2))
+"""By part; what comes by pointers takes the tiles of 80 on every part."""
+_FLOAT32 = (Tile(64, 64, 16, 2, 8, 3), Tile(64, 32, 16, 1, 4, 2))
 
 RESIDENT_CHANNELS = 128
 """Channels of y up to which all of them fit into one tile, and the weights stay with the program."""
@@ -275,10 +277,10 @@ def _expand_dgrad_kernel(
     tl.store(sums + at + K, centred, mask=channels < K)
 
 
-def _choices(form: str, like: Tensor, channels: int) -> tuple[Tile, ...]:
+def _choices(form: str, like: Tensor, channels: int, tma: bool) -> tuple[Tile, ...]:
     if like.dtype == torch.float32:
         return _FLOAT32
-    return by_width(CONFIGS[part_of(like.device)][form], channels)
+    return by_width(CONFIGS[part_of(like.device) if tma else 80][form], channels)
 
 
 def expand(
@@ -367,10 +369,10 @@ def expand(
         return out, compiled
 
     if shortcut_weight is not None:
-        return choose(kernel, _choices("expand, project", y, k), y, launch)
+        return choose(kernel, _choices("expand, project", y, k, tma), y, launch)
     if k <= RESIDENT_CHANNELS and y.dtype != torch.float32:
-        return choose(kernel, _choices("expand, resident", y, k), y, launch_resident)
-    return choose(kernel, _choices("expand", y, k), y, launch)
+        return choose(kernel, _choices("expand, resident", y, k, tma), y, launch_resident)
+    return choose(kernel, _choices("expand", y, k, tma), y, launch)
 
 
 def expand_wgrad(
@@ -422,7 +424,7 @@ def expand_wgrad(
     if rows == 0:
         sums = torch.zeros(k + s + 1, c, dtype=torch.float32, device=g.device)
     else:
-        sums = sum_splits(choose(kernel, _choices(kernel, g, k), g, launch))
+        sums = sum_splits(choose(kernel, _choices(kernel, g, k, tma), g, launch))
     return sums[:k].T, sums[-1], g if stored is None else stored, None if x is None else sums[k:-1].T
 
 
@@ -478,4 +480,4 @@ def expand_dgrad(
         )
         return (dz, sums), compiled
 
-    return choose(kernel, _choices(kernel, g, channels), g, launch)
+    return choose(kernel, _choices(kernel, g, channels, tma), g, launch)

@@ -8,13 +8,13 @@
 `fastres.kernels.reference.gram` defines every form; docs/arithmetic.md derives them.
 
 gram computes the blocks on and above the diagonal, split over M so that no float32 sum has more than 4,096 rows
-(docs/arithmetic.md, "Sums that are truncated"); a second launch adds the splits in their order and mirrors them. Rows past
-the last one are masked: relu(shift) is not zero there. In float32 the pivot is relu(beta), beta = shift + scale*mean
-being the mean of a's input: what a's mean tends to where it is far above its standard deviation. In float16 and bfloat16
-it is 0: rounding it off the operands would cost more than it saves.
+(docs/arithmetic.md, "Sums that are truncated"); a second launch adds the splits in their order and mirrors them. Rows
+past the last one are masked: relu(shift) is not zero there. In float32 the pivot is relu(beta), beta = shift +
+scale*mean being the mean of a's input: what a's mean tends to where it is far above its standard deviation. In float16
+and bfloat16 it is 0: rounding it off the operands would cost more than it saves.
 
-The small products multiply 16-bit weights by float32 matrices as three TF32 products, which keep float32's digits: those
-of W are TF32's already, the other factor is split in two. For float32 activations they are float32's.
+The small products multiply 16-bit weights by float32 matrices as three TF32 products, which keep float32's digits:
+those of W are TF32's already, the other factor is split in two. For float32 activations they are float32's.
 
 Bytes moved: y once for each pair of blocks of 128 channels, and `[K, K]` and `[N, K]` matrices that lie in L2.
 
@@ -73,6 +73,7 @@ CONFIGS = {
     },
 }
 CONFIGS[100] = CONFIGS[90]
+"""By part; what comes by pointers takes the tiles of 80 on every part."""
 _FLOAT32 = (Tile(64, 64, 16, 1, 8, 3), Tile(32, 32, 16, 1, 4, 2))
 
 MOST_ROWS = 4096
@@ -380,8 +381,10 @@ class SmallTile(NamedTuple):
 SMALL = {False: SmallTile(32, 32, 4, 2), True: SmallTile(32, 16, 4, 2)}
 
 
-def _choices(like: Tensor, channels: int) -> tuple[Tile, ...]:
-    return _FLOAT32 if like.dtype == torch.float32 else by_width(CONFIGS[part_of(like.device)], channels)
+def _choices(like: Tensor, channels: int, tma: bool) -> tuple[Tile, ...]:
+    if like.dtype == torch.float32:
+        return _FLOAT32
+    return by_width(CONFIGS[part_of(like.device) if tma else 80], channels)
 
 
 def gram(y: Tensor, bn: Tensor) -> Gram:
@@ -424,7 +427,7 @@ def gram(y: Tensor, bn: Tensor) -> Gram:
         )
         return (partials, totals), compiled
 
-    partials, totals = choose("gram", _choices(y, k), y, launch)
+    partials, totals = choose("gram", _choices(y, k, tma), y, launch)
     splits, blocks, channels, _ = partials.shape
     with on_device(y.device):
         rows = 512 // channels  # 4 values and 16 splits a thread
@@ -446,8 +449,8 @@ def gram_finalize(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`bn`, mean and scatter from second moments in float32, and running statistics moved in place, in two launches. See
-    the reference.
+    """`bn`, mean and scatter from second moments in float32, and running statistics moved in place, in two launches.
+    See the reference.
 
     Parameters and running statistics may be float32, float16 or bfloat16. With momentum None another launch counts the
     batch before.
@@ -530,8 +533,14 @@ def gram_bwd(
     check_dense(kernel, (k,), (torch.float32,), device, mean=mean)
     check_dense(kernel, (k, k), (torch.float32,), device, scatter=scatter)
     if p.shape != (n, k) or p.dtype != torch.float32 or p.device != device:
-        raise ValueError(f"{kernel}: p must be float32 [{n}, {k}] on {device}, is {p.dtype} {tuple(p.shape)} on {p.device}")
-    dw, grad, u = torch.empty(n, k, dtype=torch.float32, device=device), torch.empty_like(bn), torch.empty_like(conv_weight)
+        raise ValueError(
+            f"{kernel}: p must be float32 [{n}, {k}] on {device}, is {p.dtype} {tuple(p.shape)} on {p.device}"
+        )
+    dw, grad, u = (
+        torch.empty(n, k, dtype=torch.float32, device=device),
+        torch.empty_like(bn),
+        torch.empty_like(conv_weight),
+    )
     small, rows = SMALL[conv_weight.dtype == torch.float32], float(count)
     programs, blocks = ceil_div(n, small.rows), ceil_div(k, small.columns)
     k_partials = bounds = v = v_scale = None

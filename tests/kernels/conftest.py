@@ -134,14 +134,14 @@ def check_configuration(compiled, compare, poisoned, launched, monkeypatch):
     The second on sizes that the interpreter bears, in the very configurations that are compiled; those of another part
     too than the GPU's that there may be. `bounds` as in `compare`.
     """
-    from fastres.kernels.triton import _common
+    from fastres.kernels.triton import _common, _gemm
 
     def check(family, wanted, bounds=None):
         dtype = getattr(torch, wanted.dtype)
         alike = {
             (request, part): rows
             for (request, part), rows in compiled(family).items()
-            if (request.case, request.sizes) == (wanted.case, wanted.sizes)
+            if (request.case, request.sizes, request.tile) == (wanted.case, wanted.sizes, wanted.tile)
             and getattr(torch, request.dtype).itemsize == dtype.itemsize
         }
         failures = [
@@ -152,6 +152,7 @@ def check_configuration(compiled, compare, poisoned, launched, monkeypatch):
         assert failures == []
         if dtype == torch.bfloat16 and not torch.cuda.is_available():
             dtype = torch.float16  # The interpreter computes bfloat16 wrongly.
+        monkeypatch.setattr(_gemm, "PREFERRED", wanted.tile)
         run = []
         for (_, part), rows in alike.items():
             configurations = [(row.kernel, numbers(row.configuration)) for row in rows]

@@ -22,3 +22,8 @@ def sizes(shape):
 @pytest.mark.parametrize("name", CASES)
 def test_triton_computes_what_the_reference_defines(name, dtype, shape, compare, poisoned):
     compare(CASES[name], dtype, sizes(shape))
+
+
+@pytest.mark.parametrize("wanted", static_checks.requests("conv1x1"), ids=str)
+def test_every_configuration_compiles_and_computes_what_the_reference_defines(wanted, check_configuration):
+    check_configuration("conv1x1", wanted)

@@ -11,7 +11,13 @@ CASES = {case.name: case for case in cases.BY_FAMILY["expand"]}
 # Triton's interpreter computes bfloat16 wrongly.
 TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 ALONE = [name for name, case in CASES.items() if "gram" not in case.kernels and "gram_bwd" not in case.kernels]
-SHAPES = [(2, 9, 8, 24, 96, 40), (1, 5, 1, 16, 8, 8), (3, 7, 5, 3, 33, 5), (1, 13, 11, 72, 136, 64), (2, 6, 7, 160, 80, 24)]
+SHAPES = [
+    (2, 9, 8, 24, 96, 40),
+    (1, 5, 1, 16, 8, 8),
+    (3, 7, 5, 3, 33, 5),
+    (1, 13, 11, 72, 136, 64),
+    (2, 6, 7, 160, 80, 24),
+]
 
 
 def sizes(shape):
@@ -23,6 +29,11 @@ def sizes(shape):
 @pytest.mark.parametrize("name", ALONE)
 def test_triton_computes_what_the_reference_defines(name, dtype, shape, compare, poisoned):
     compare(CASES[name], dtype, sizes(shape))
+
+
+@pytest.mark.parametrize("wanted", static_checks.requests("expand"), ids=str)
+def test_every_configuration_compiles_and_computes_what_the_reference_defines(wanted, check_configuration):
+    check_configuration("expand", wanted)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:1], ids=str)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres import cases
+from fastres import cases, static_checks
 from fastres.kernels import reference
 from fastres.kernels.reference._common import scaled_to_float16
 from fastres.kernels.reference.gram import Gram
@@ -24,6 +24,11 @@ SHAPES = [(2, 9, 8, 24, 40), (1, 5, 1, 16, 8), (3, 7, 5, 3, 33), (1, 13, 11, 72,
 @pytest.mark.parametrize("name", CASES)
 def test_triton_computes_what_the_reference_defines(name, dtype, shape, compare, poisoned):
     compare(CASES[name], dtype, dict(zip("nhwkc", shape, strict=True)))
+
+
+@pytest.mark.parametrize("wanted", static_checks.requests("gram"), ids=str)
+def test_every_configuration_compiles_and_computes_what_the_reference_defines(wanted, check_configuration):
+    check_configuration("gram", wanted)
 
 
 def inputs(dtype, device="cpu", spread=1.0):

@@ -88,7 +88,7 @@ def test_a_failing_worker_says_why():
 
 
 def test_bfloat16_stands_for_float16_unless_every_dtype_is_asked_for():
-    few, all_ = (set(static_checks.requests("batch_norm", every_dtype=every)) for every in (False, True))
+    few, all_ = (set(static_checks.requests("batch_norm", everything=every)) for every in (False, True))
     assert few and all_ - few == {dataclasses.replace(r, dtype="float16") for r in few if r.dtype == "bfloat16"}
 
 
