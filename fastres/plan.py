@@ -12,7 +12,7 @@ and know nothing of backends. Flags beside the launchers say which lists of call
 
 On a CPU launches cost little and blocks are folded for the memory, although the stored form can be the faster one
 there. On a GPU the flags follow from channel counts alone, so that no batch size changes what is saved for backward, by
-a model of bytes and products (docs/arithmetic.md, "What the plan folds"). Launchers that both Triton and the library
+a model of bytes and products (docs/arithmetic.md, "What the plan folds, and chooses"). Launchers that both Triton and the library
 offer are chosen call by call (`PerCall`): by what was measured on this GPU for these shapes (`fastres.tuned`), else by
 a model.
 """
@@ -174,7 +174,7 @@ def seconds_saved_per_pixel(channels: int, outputs: int, projection: bool) -> fl
     """Of a training step of a bottleneck on a GPU, for each pixel of its output, by folding its last conv or its
     projection, of these input and output channels, instead of storing the raw output.
 
-    A model, not a measurement: docs/arithmetic.md, "What the plan folds".
+    A model, not a measurement: docs/arithmetic.md, "What the plan folds, and chooses".
     """
     bytes_saved = 2 * (7 * outputs - 2 * channels) if projection else 2 * 8 * outputs
     return bytes_saved / _MEMORY - 3 * channels**2 / (_MMA_SYNC if projection else _TRITON)

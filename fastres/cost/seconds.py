@@ -2,7 +2,7 @@
 
 A call is one pass of bytes and products, or several; each takes what moving its bytes takes or computing its products,
 whichever is longer, and a launch besides. The rates are fractions of the datasheet's (docs/arithmetic.md, "What the
-plan chooses"): assumed, not measured.
+plan folds, and chooses"): assumed, not measured.
 """
 
 from __future__ import annotations
