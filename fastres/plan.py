@@ -12,9 +12,9 @@ and know nothing of backends. Flags beside the launchers say which lists of call
 
 On a CPU launches cost little and blocks are folded for the memory, although the stored form can be the faster one
 there. On a GPU the flags follow from channel counts alone, so that no batch size changes what is saved for backward, by
-a model of bytes and products (docs/arithmetic.md, "What the plan folds, and chooses"). Launchers that both Triton and the library
-offer are chosen call by call (`PerCall`): by what was measured on this GPU for these shapes (`fastres.tuned`), else by
-a model.
+a model of bytes and products (docs/arithmetic.md, "What the plan folds, and chooses"). Launchers that both Triton and
+the library offer are chosen call by call (`PerCall`): by what was measured on this GPU for these shapes
+(`fastres.tuned`), else by a model.
 """
 
 from __future__ import annotations
