@@ -164,6 +164,15 @@ def _stock_reduce(t):
     return results
 
 
+def _run_mask(k, t):
+    g, sums = k.bn_bwd_mask(t["g"], t["y"], t["bn"])
+    return {"g": g, **affine_grads(k, sums, t["bn"])}
+
+
+def _stock_mask(t):
+    return {"g": masked(t), **_stock_reduce(t)}
+
+
 def _apply(mask, shortcut="none", constant=False, frozen=False):
     def make(f: Maker, n, h, w, c, mean=0.0):
         t = _reduce(mask, two=shortcut == "projected")(f, n, h, w, c, mean)
@@ -262,6 +271,7 @@ CASES = [
         )
         for mask, two in (("none", False), ("output", False), ("input", False), ("none", True), ("output", True))
     ),
+    _case("bn_bwd_mask", "bn_bwd_mask bn_bwd_finalize", _reduce("input"), _run_mask, _stock_mask),
     _case(
         "batch norm backward",
         "bn_bwd_reduce bn_bwd_finalize bn_bwd_apply",

@@ -85,7 +85,7 @@ def bounds_of(name):
     """What `compare` takes for a case."""
     if name.startswith("statistics"):
         return statistics_bounds(0.1 if name.endswith("0.1") else None)
-    return sum_bounds if name == "batch norm backward" or "bn_bwd_reduce" in name else None
+    return sum_bounds if name == "batch norm backward" or "bn_bwd_reduce" in name or name == "bn_bwd_mask" else None
 
 
 # Triton's kernels
