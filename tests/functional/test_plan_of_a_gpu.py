@@ -5,6 +5,7 @@ The plan of a GPU is watched on the meta device, where a read of a value raises;
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -20,7 +21,8 @@ from fastres.cost.model import on_meta
 from fastres.cost.traffic import Operators, tensors
 from fastres.functional import _library
 from fastres.kernels import reference
-from fastres.numerics import assert_three_way
+from fastres.nn import make_shortcut
+from fastres.numerics import assert_three_way, relative_error
 
 aten = torch.ops.aten
 
@@ -191,3 +193,62 @@ def test_a_grad_scaler_skips_a_step_that_is_not_finite_as_with_stock(form):
         x[0, 0, 5, 5] = math.inf
         _, moved, scale = scaled_step(model, x, form)
         assert not any(moved) and scale == 2.0**9
+
+
+GPU_FORMS = {
+    "projection stored, one pass": {"fold_projection": False, "conv3x3_fuses": False, "one_pass": True},
+    "projection folded, two kernels": {"fold_projection": True, "conv3x3_fuses": False, "one_pass": False},
+}
+
+
+@pytest.mark.parametrize("form", GPU_FORMS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stride, channels", [(1, 24), (2, 24), (1, 64)])
+def test_forms_of_a_gpu_are_exact_in_float64(stride, channels, training, form):
+    torch.manual_seed(0)
+    projects = (stride, channels) != (1, 64)
+    shortcut = make_shortcut("B", channels, 64, stride) if projects else None
+    fused = fastres.nn.Bottleneck(channels, 16, stride, shortcut).double().train(training)
+    stock = fastres.revert(copy.deepcopy(fused))
+    x, found = torch.randn(4, channels, 9, 8).double(), []
+    for model in (fused, stock):
+        own = x.clone().requires_grad_()
+        with plan.wrapping(lambda k: plan.in_form(k, gram_folding=True, **GPU_FORMS[form])):
+            out = model(own)
+            grads = torch.autograd.grad(out.square().sum(), [own, *model.parameters()])
+        found.append((out, *grads, *model.state_dict().values()))
+    for ours, exact in zip(*found, strict=True):
+        assert relative_error(ours.double(), exact.double()) < 1e-10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are interpreted where there is no GPU")
+@pytest.mark.parametrize("stride, channels", [(2, 24), (1, 64)])
+def test_a_bottleneck_by_tritons_kernels(stride, channels):
+    """The whole unit in float16 through the interpreter: what one kernel gives the next takes."""
+    pytest.importorskip("triton")
+    from fastres.kernels import triton
+
+    ours = {name: getattr(triton, name) for name in triton.__all__}
+    flags = {"conv3x3_fuses": False, "fold_projection": False}
+    found = [{}, {}, {}]
+    # Of several seeds together: a ReLU's mask that rounding flips outweighs all arithmetic of one.
+    for seed in range(4):
+        torch.manual_seed(seed)
+        shortcut = make_shortcut("B", channels, 64, stride) if stride != 1 else None
+        fused = fastres.nn.Bottleneck(channels, 16, stride, shortcut).half().to(memory_format=torch.channels_last)
+        for bn in (module for module in fused.modules() if isinstance(module, nn.BatchNorm2d)):
+            bn.float()
+        stock = fastres.revert(copy.deepcopy(fused))
+        x = torch.randn(4, channels, 9, 8).half().to(memory_format=torch.channels_last)
+        g = torch.randn(4, 64, (9 + stride - 1) // stride, 8 // stride).half()
+        for results, model in zip(found, (fused, stock, copy.deepcopy(stock).double()), strict=True):
+            own = x.to(model.conv1.weight.dtype).requires_grad_()
+            wrap = plan.wrapping(lambda k: type(k)(**vars(k) | ours | flags))
+            with wrap if model is fused else contextlib.nullcontext():
+                out = model(own)
+                grads = torch.autograd.grad(out, [own, *model.parameters()], g.to(out.dtype))
+            names = "out", "x", *(name for name, _ in model.named_parameters())
+            for name, value in zip(names, (out, *grads), strict=True):
+                results.setdefault(name, []).append(value)
+    for name in found[2]:
+        assert_three_way(name, *(torch.stack(results[name]) for results in found), torch.float16)
