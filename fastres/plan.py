@@ -31,6 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.kernels.reference.conv1x1 import ONE_PASS_CHANNELS
+
 from . import backends, tuned
 from .parts import Part
 
@@ -41,9 +43,6 @@ _EXTENSION_IN_BLOCKS = ("projection_gram", "projection_conv", "projection_dgrad"
 
 BY_COST = ("conv1x1", "conv1x1_bwd", "conv1x1_dgrad", "conv1x1_wgrad", "expand", "expand_dgrad", "expand_wgrad", "gram")
 """Kernels whose matrix products the library may do faster than Triton: chosen call by call on a GPU."""
-
-ONE_PASS_CHANNELS = 128
-"""Output channels up to which `conv1x1_bwd` is one pass: so many fit into one tile."""
 
 # Where the extension's CPU kernels beat the library's on most of ResNet-50's shapes on an AMD EPYC with AVX-512
 # (benchmarks/kernels/test_projection.py): all four in float32, though not on layer1's wgrad and layer4's fprop; in

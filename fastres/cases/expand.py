@@ -69,8 +69,9 @@ def _run(constant, stride=None):
             projection = {"shortcut_bn": t["shortcut_bn"], "shortcut_weight": t["shortcut_weight"], "stride": stride}
             out = k.expand(y, bn, t["conv_weight"], out_bn, t["x"], **projection)
             p, sum_g, g, p_x = k.expand_wgrad(t["g"], out, y, bn, x=t["x"], stride=stride)
-        dw, grad, u, v, offset, v_scale = k.gram_bwd(p, sum_g, t["conv_weight"], out_bn, count, mean, scatter)
-        dz, sums = k.expand_dgrad(g, u, v, offset, y, bn, v_scale)
+        small = p, sum_g, t["conv_weight"], out_bn, count, mean, scatter
+        dw, grad, u, v, offset, v_scale, d = k.gram_bwd(*small, diagonal=True)
+        dz, sums = k.expand_dgrad(g, u, v, offset, y, bn, v_scale, d)
         return {
             "out": out,
             "running_mean": t["running_mean"],
@@ -196,7 +197,7 @@ def _make_dgrad(constant):
         t = {"y": y, "bn": f.bn(y), "g": f.activation(n, h, w, c, mean=0.1), "u": f.weight(c, k)}
         if constant:
             return t
-        t |= {"v": f.weight(k, k), "k": f.vector(k, -0.5, 0.5)}
+        t |= {"v": f.weight(k, k), "k": f.vector(k, -0.5, 0.5), "d": f.vector(k, -0.5, 0.5)}
         # What only float16 has.
         return t if f.dtype != torch.float16 else t | {"v_scale": torch.full((), 0.25, device=f.device)}
 
@@ -204,7 +205,8 @@ def _make_dgrad(constant):
 
 
 def _run_dgrad(k, t):
-    dz, sums = k.expand_dgrad(t["g"], t["u"], t.get("v"), t.get("k"), t["y"], t["bn"], t.get("v_scale"))
+    of_a = (t.get(name) for name in ("v_scale", "d"))
+    dz, sums = k.expand_dgrad(t["g"], t["u"], t.get("v"), t.get("k"), t["y"], t["bn"], *of_a)
     return {"dz": dz, **affine_grads(k, sums, t["bn"])}
 
 
@@ -212,7 +214,7 @@ def _stock_dgrad(t):
     a = batch_norm(t["y"], t["bn"]).relu()
     da = t["g"] @ t["u"]
     if "v" in t:
-        da = da + (a @ t["v"] * t.get("v_scale", 1) + t["k"]).to(da.dtype)
+        da = da + (a @ t["v"] * t.get("v_scale", 1) + t["d"] * a + t["k"]).to(da.dtype)
     dz = relu_backward(da, a)
     _, dgamma, dbeta = batch_norm_backward(dz, t["y"], t["bn"])
     return {"dz": dz, "dgamma": dgamma, "dbeta": dbeta}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from fastres.kernels import reference
@@ -67,14 +69,13 @@ def _make_small(f: Maker, n, h, w, k, c):
     }
 
 
-def _run_small(momentum):
+def _run_small(momentum, diagonal):
     def run(k, t):
         moments = Gram(t["gram"], t["total"], t["pivot"])
         state = [t[name] for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
         bn, mean, scatter = k.gram_finalize(moments, t["count"], t["conv_weight"], *state, momentum, EPS)
-        dw, grad, u, v, offset, v_scale = k.gram_bwd(
-            t["p"], t["sum_g"], t["conv_weight"], bn, t["count"], mean, scatter
-        )
+        small = t["p"], t["sum_g"], t["conv_weight"], bn, t["count"], mean, scatter
+        dw, grad, u, v, offset, v_scale, d = k.gram_bwd(*small, diagonal=diagonal)
         return {
             **dict(zip(("bn mean", "rstd", "scale", "shift"), bn, strict=True)),
             "running_mean": t["running_mean"],
@@ -88,32 +89,24 @@ def _run_small(momentum):
             "u": u,
             "v": v.to(bn.dtype) * (1 if v_scale is None else v_scale),
             "k": offset,
+            **({} if d is None else {"d": d}),
         }
 
     return run
-
-
-def _stock_small(momentum):
-    """What a namespace of float32 matrices gives: the operators that this replaces."""
-
-    def stock(t):
-        return _run_small(momentum)(reference, t)
-
-    return stock
 
 
 CASES = [
     Case("gram", ("gram",), _make_moments, _run_moments, _stock_moments, SIZES, MOMENTS, tiles=2),
     *(
         Case(
-            f"gram, small matrices{'' if momentum else ', cumulative average'}",
+            f"gram, small matrices{name}",
             ("gram_finalize", "gram_bwd"),
             _make_small,
-            _run_small(momentum),
-            _stock_small(momentum),
+            _run_small(momentum, diagonal),
+            functools.partial(_run_small(momentum, diagonal), reference),  # the operators that the kernels replace
             SIZES,
-            SMALL if momentum else (),
+            SMALL if diagonal else (),
         )
-        for momentum in (0.1, None)
+        for name, momentum, diagonal in (("", 0.1, True), (", V whole, cumulative average", None, False))
     ),
 ]

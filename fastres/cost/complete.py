@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fastres.kernels.reference.conv1x1 import ONE_PASS_CHANNELS
+
 from . import kernels
 from .counting import contract_bytes
 from .traffic import tensors, touched
-
-_ONE_PASS_CHANNELS = 128
 
 
 class Place(NamedTuple):
@@ -49,4 +49,4 @@ def complete_bytes(place: Place, kernel: str, arguments: kernels.Arguments, resu
 
 
 def _narrow(arguments: kernels.Arguments) -> bool:
-    return arguments["g"].shape[-1] <= _ONE_PASS_CHANNELS and arguments["stride"] == 1
+    return arguments["g"].shape[-1] <= ONE_PASS_CHANNELS and arguments["stride"] == 1

@@ -85,7 +85,8 @@ def _backward(
             weight, stride = projection.conv.weight, projection.conv.stride
             p, _ = k.projection_wgrad(g, x, stride, with_sum=False)
             # dbeta of the main branch: both batch norms end at the same ReLU and share g and its sum.
-            dw_p, grad_p, u, v, c, v_scale = k.gram_bwd(p, grad2[1], weight, projection.bn, rows2, *projection.moments)
+            small = p, grad2[1], weight, projection.bn, rows2, *projection.moments
+            dw_p, grad_p, u, v, c, v_scale, _ = k.gram_bwd(*small)
             if need_x:
                 k.projection_dgrad(dx, g, x, u, v, c, stride, v_scale=v_scale)
         weights, grads = [*weights, dw_p], [*grads, grad_p]

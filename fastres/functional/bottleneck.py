@@ -86,9 +86,10 @@ def _backward(
     if projection is not None and projection.y is None and (need_x or projection.need):
         of_x = {"x": x, "stride": projection.conv.stride}
     p, sum_g, g, p_x = k.expand_wgrad(g, out, y2, bn2, **of_x)
-    dw3, grad3, u, v, c, v_scale = k.gram_bwd(p, sum_g, third.conv.weight, third.bn, rows2, *third.moments)
+    small = p, sum_g, third.conv.weight, third.bn, rows2, *third.moments
+    dw3, grad3, u, v, c, v_scale, d = k.gram_bwd(*small, diagonal=True)
     if need_2:
-        g2, sums = k.expand_dgrad(g, u, v, c, y2, bn2, v_scale)
+        g2, sums = k.expand_dgrad(g, u, v, c, y2, bn2, v_scale, d)
         grad2 = k.bn_bwd_finalize(sums, bn2, rows2 if second.batch_stats else None)
     if need_1 or second.need_weight:
         dy2, _ = k.bn_bwd_apply(g2, y2 if second.batch_stats else None, bn2, grad2)
@@ -156,7 +157,7 @@ def _folded_projection(
     if p_x is None:
         return dx, None, None
     conv, rows = projection.conv, g.shape[:3].numel()
-    dw, grad, u, v, c, v_scale = k.gram_bwd(p_x, sum_g, conv.weight, projection.bn, rows, *projection.moments)
+    dw, grad, u, v, c, v_scale, _ = k.gram_bwd(p_x, sum_g, conv.weight, projection.bn, rows, *projection.moments)
     if need_x:
         k.projection_dgrad(dx, g, x, u, v, c, conv.stride, v_scale=v_scale)
     return dx, dw, grad

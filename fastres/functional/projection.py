@@ -65,7 +65,7 @@ def _backward(
     dx = dw = grad = None
     if y is None:
         p, sum_g = k.projection_wgrad(g, x, stride)
-        dw, grad, u, v, c, v_scale = k.gram_bwd(p, sum_g, w, bn, rows, mean, scatter)
+        dw, grad, u, v, c, v_scale, _ = k.gram_bwd(p, sum_g, w, bn, rows, mean, scatter)
         if need_x:
             dx = torch.zeros_like(x)
             k.projection_dgrad(dx, g, x, u, v, c, stride, v_scale=v_scale)

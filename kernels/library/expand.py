@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..reference._common import acc, acc_dtype, rows
@@ -45,14 +44,14 @@ def input_grad(
     g: Tensor, a: Tensor, u: Tensor, v: Tensor | None, k: Tensor | None, v_scale: Tensor | None = None
 ) -> Tensor:
     """g u + v_scale*(a v) + k of rows g `[M, C]` and a `[M, K]`, in g's dtype; v and k may be None."""
-    if v is None:
-        da = g @ u
-        return da if k is None else da.add_(k)
-    if k is None:
-        k = u.new_zeros(u.shape[1])
-    if v_scale is not None:  # float16, in which v underflows, and a times the scaled v may overflow
-        return (g @ u + (acc(a) @ (acc(v) * v_scale) + k)).to(g.dtype)
-    return torch.addmm(k.to(g.dtype), g, u).addmm_(a, v)
+    da = g @ u
+    if v is not None and v_scale is None:
+        da.addmm_(a, v)
+    elif v is not None:  # float16, in which v underflows, and a times the scaled v may overflow
+        da = da + acc(a) @ (acc(v) * v_scale)
+    if k is not None:  # as it is: rounded to g's dtype, it would be off by the same at every pixel
+        da.add_(k)
+    return da.to(g.dtype)
 
 
 def expand_dgrad(
@@ -63,9 +62,12 @@ def expand_dgrad(
     y: Tensor,
     bn: Tensor,
     v_scale: Tensor | None = None,
+    d: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
     a = activation(y, bn)
-    da = input_grad(rows(g), rows(a), u, v, k, v_scale).view(y.shape)
+    da = input_grad(rows(g), rows(a), u, v, k if d is None else None, v_scale).view(y.shape)
+    if d is not None:
+        da.add_(affine(a, d, k))
     g = masked(da, a)
     return g, bn_sums(g, y, bn)

@@ -79,8 +79,8 @@ def update_running_stats(
     # 1/num_batches_tracked must not pass through float32: its rounding shows after three steps.
     factor = num_batches_tracked.double().reciprocal() if momentum is None else momentum
     for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1))):
-        wide = acc(running)
-        running.copy_(wide + factor * (batch - wide))
+        # As a sum of shares: a step added to the old value would lose the digits of a batch far smaller than that.
+        running.copy_((1 - factor) * acc(running) + factor * batch)
 
 
 def bn_constants(

@@ -8,6 +8,9 @@ from ._common import acc, activation, bn_input_grad, masked, rows, strided_pixel
 from .batch_norm import ChannelStats, channel_stats
 from .conv2d import Pair
 
+ONE_PASS_CHANNELS = 128
+"""Output channels up to which `conv1x1_bwd` can be one pass: a tile of that many holds all of dy's."""
+
 
 def conv1x1(
     x: Tensor, weight: Tensor, stride: int = 1, with_stats: bool = True, bn: Tensor | None = None

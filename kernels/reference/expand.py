@@ -67,15 +67,19 @@ def expand_dgrad(
     y: Tensor,
     bn: Tensor,
     v_scale: Tensor | None = None,
+    d: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient in front of `bn`: (g u + v_scale*(a v) + k) masked by the ReLU of a = relu(scale*y + shift), and its
-    sums.
+    """The gradient in front of `bn`: (g u + v_scale*(a v) + d*a + k) masked by the ReLU of a = relu(scale*y + shift),
+    and its sums.
 
-    g `[N, H, W, C]` (masked already); u `[C, K]`, v `[K, K]`, k `[K]` and v_scale `[]` from `gram_bwd`; y
+    g `[N, H, W, C]` (masked already); u `[C, K]`, v `[K, K]`, k and d `[K]` and v_scale `[]` from `gram_bwd`; y
     `[N, H, W, K]`. Returns the masked gradient `[N, H, W, K]` and the sums `[P, 2, K]` of `bn_bwd_reduce`.
     """
     da = acc(g) @ acc(u)
     if v is not None:
-        da += scaled(acc(activation(y, bn)) @ acc(v), v_scale) + k
+        a = acc(activation(y, bn))
+        da += scaled(a @ acc(v), v_scale) + k
+        if d is not None:
+            da += d * a
     g = masked(da, acc(y) * bn[2] + bn[3]).to(g.dtype)
     return g, centred_sums(g, y, bn)

@@ -82,31 +82,36 @@ def gram_bwd(
     count: int,
     mean: Tensor | None = None,
     scatter: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    diagonal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The small-matrix half of the backward of BN(a W^T).
 
     p `[N, K]` = g^T a and sum_g `[N]` in acc, where g is the gradient of the BN's output; conv_weight W `[N, K]`;
     mean, scatter as from `gram_finalize`, both None for constant statistics.
 
-    Returns `(dW, grad, u, v, k, v_scale)`: dW `[N, K]` and `grad` `[4, N]` in acc, and the operands of the gradient of
-    a, da = g u + v_scale*(a v) + k: u `[N, K]` and v `[K, K]` in W's dtype, k `[K]` in acc. In float16 v, of the order
-    of dgamma/M, would underflow: there it is multiplied by a power of two, and v_scale, float32 `[]`, undoes that;
-    otherwise v_scale is None, and 1. k is formed from the rounded u and v, so that the mean of da is zero to rounding.
-    For constant statistics v and k are None.
+    Returns `(dW, grad, u, v, k, v_scale, d)`: dW `[N, K]` and `grad` `[4, N]` in acc, and the operands of the gradient
+    of a, da = g u + v_scale*(a v) + d*a + k: u `[N, K]` and v `[K, K]` in W's dtype, k and d `[K]` in acc. In float16
+    v, of the order of dgamma/M, would underflow: there it is multiplied by a power of two, and v_scale, float32 `[]`,
+    undoes that; otherwise v_scale is None, and 1. With `diagonal`, d is v's diagonal, and v has zeros there: rounded,
+    its errors would add up over the pixels (docs/arithmetic.md, "Gram folding"); otherwise d is None. k is formed from
+    the rounded u and v, so that the mean of da is zero to rounding. For constant statistics v, k and d are None.
     """
     w = acc(conv_weight)
     mean_y, rstd, scale = bn[0], bn[1], bn[2]
     u = (scale[:, None] * w).to(conv_weight.dtype)
     if scatter is None:
         dgamma = rstd * ((p * w).sum(1) - mean_y * sum_g)
-        return scale[:, None] * p, stack_grad(dgamma, sum_g, mean_y, rstd, None), u, None, None, None
+        return scale[:, None] * p, stack_grad(dgamma, sum_g, mean_y, rstd, None), u, None, None, None, None
     centred = p - torch.outer(sum_g, mean)
     dgamma = rstd * (centred * w).sum(1)
     grad = stack_grad(dgamma, sum_g, mean_y, rstd, count)
     slope = grad[2][:, None]
     dw = scale[:, None] * (centred + slope * small_product(w, scatter))
     v = small_product(w.T, scale[:, None] * slope * w)
+    d = v.diagonal().clone() if diagonal else None
+    if diagonal:
+        v.fill_diagonal_(0)
     v, v_scale = scaled_to_float16(v) if conv_weight.dtype == torch.float16 else (v.to(conv_weight.dtype), None)
     # Matrix times vector: the other way round is a product of matrices, which might be TF32's.
     k = -(acc(u).T @ (sum_g / count) + scaled(acc(v).T @ mean, v_scale))
-    return dw, grad, u, v, k, v_scale
+    return dw, grad, u, v, k if d is None else k - d * mean, v_scale, d

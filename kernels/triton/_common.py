@@ -124,9 +124,15 @@ def channel_units(channels: int) -> tuple[int, int]:
 
 
 @triton.jit
+def row_vector(vectors, ROW: tl.constexpr, c, C):
+    """Row ROW of per-channel vectors `[4, C]` at channels c; zero past C."""
+    return tl.load(vectors + ROW * C + c, mask=c < C, other=0.0)
+
+
+@triton.jit
 def channel_vector(vectors, ROW: tl.constexpr, c, C):
-    """Row ROW of per-channel vectors `[4, C]` at channels c, as `[1, CHANNELS]`; zero past C."""
-    return tl.load(vectors + ROW * C + c, mask=c < C, other=0.0)[None, :]
+    """As `row_vector`, in the form `[1, CHANNELS]` of a tile's row."""
+    return row_vector(vectors, ROW, c, C)[None, :]
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._common import ceil_div, channel_units, check_activations, on_device, relu
+from ._common import ceil_div, channel_units, check_activations, on_device, part_of, relu, row_vector
 
 Result = TypeVar("Result")
 
@@ -47,9 +47,25 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """As a kernel takes it."""
+        pixels, channels, depth, parts, num_warps, num_stages = self
+        return {
+            "PIXELS": pixels,
+            "CHANNELS": channels,
+            "DEPTH": depth,
+            "PARTS": parts,
+            "STAGES": num_stages,
+            "num_warps": num_warps,
+        }
+
 
 Choices = tuple[Tile, ...]
 """The preferred tile and the one behind it."""
+
+FLOAT32: Choices = (Tile(64, 64, 16, 2, 8, 3), Tile(64, 32, 16, 1, 4, 2))
+"""Of convolutions in float32, whose products are not for tensor cores, on every part."""
 
 PREFERRED = 0
 """The first of `Choices` that is tried: 1 makes every kernel run the tile behind the preferred one, for the tests."""
@@ -57,18 +73,32 @@ PREFERRED = 0
 _rejected: set[tuple[str, torch.device, torch.dtype, Tile]] = set()
 
 
-def by_width(table: dict[int, Choices], channels: int) -> Choices:
-    """Of choices by the widest channel count that they are for, those for `channels`; the last serve all wider ones."""
-    return table[next((limit for limit in table if channels <= limit), max(table))]
+def choices(
+    configs: dict[int, dict[str, dict[int, Choices]]],
+    form: str,
+    like: Tensor,
+    channels: int,
+    tma: bool,
+    float32: Choices = FLOAT32,
+) -> Choices:
+    """Of choices by part, form of a kernel, and the widest channel count that they are for: those for `channels` and the
+    dtype and device of `like`. The last serve all wider ones.
+
+    What comes by pointers takes the tiles of 80 on every part.
+    """
+    if like.dtype == torch.float32:
+        return float32
+    widths = configs[part_of(like.device) if tma else 80][form]
+    return widths[next((limit for limit in widths if channels <= limit), max(widths))]
 
 
-def choose(kernel: str, choices: Choices, like: Tensor, launch: Callable[[Tile], tuple[Result, object]]) -> Result:
+def choose(kernel: str, tiles: Choices, like: Tensor, launch: Callable[[Tile], tuple[Result, object]]) -> Result:
     """Launch with the first tile that fits the GPU of `like` and spills no registers there.
 
     launch: given a tile, launches and returns a result and what Triton gave for the launch. A tile that spills is
     found out by its first launch, whose result stands.
     """
-    remaining = list(choices[min(PREFERRED, len(choices) - 1) :])
+    remaining = list(tiles[min(PREFERRED, len(tiles) - 1) :])
     with on_device(like.device):
         while True:
             tile = remaining.pop(0)
@@ -196,12 +226,6 @@ def store_pixels(
 
 
 @triton.jit
-def row_vector(vectors, ROW: tl.constexpr, c, C):
-    """Row ROW of per-channel vectors `[4, C]` at channels c; zero past C."""
-    return tl.load(vectors + ROW * C + c, mask=c < C, other=0.0)
-
-
-@triton.jit
 def activation(y, vectors, c, C):
     """relu(scale*y + shift) of a tile `[pixels, channels c]`, rounded to y's dtype as a GEMM reads it."""
     scale = tl.broadcast_to(row_vector(vectors, 2, c, C)[None, :], y.shape)
@@ -235,7 +259,11 @@ def part(acc, INDEX: tl.constexpr, PARTS: tl.constexpr):
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of a dot whose operands are float32. Both: PyTorch lets no float32 GEMM of its own be TF32's by default."""
+    """How to multiply weights of this dtype by a float32 matrix, to about float32's digits.
+
+    Three TF32 products do for 16-bit weights, which TF32 holds as they are. For float32 weights both factors would lose
+    digits: there the product is that of the cores for scalars.
+    """
     return "ieee" if dtype == torch.float32 else "tf32x3"
 
 
@@ -272,9 +300,9 @@ def sum_splits(partials: Tensor, scale: Tensor | None = None) -> Tensor:
             scale,
             total,
             partials.shape[0],
-            *channel_units(size)[:1],
+            *units(size),
             partials.shape[-1],
-            channel_units(size)[1],
+            *unit(size),
             _SUM_SPLITS,
             _SUM_BLOCK,
             3,

@@ -193,15 +193,29 @@ def store_bn(bn, mean, var, weight, bias, eps, c, C):
 
 
 @triton.jit
-def move_running(running, batch, num_batches_tracked, momentum, c, C):
-    """Move running statistics towards the batch's, by `momentum` or, where it is None, by 1/num_batches_tracked."""
+def _move(running, batch, num_batches_tracked, momentum, c, C):
     old = _vector(running, c, C)
-    step = batch - old
+    # A sum of shares: a step added to the old value would lose the digits of a batch far smaller than that.
     if momentum is None:
-        step = tl.div_rn(step, tl.load(num_batches_tracked).to(tl.float32))
+        batches = tl.load(num_batches_tracked).to(tl.float32)
+        new = tl.div_rn(tl.fma(old, batches - 1, batch), batches)
     else:
-        step *= momentum
-    tl.store(running + c, (old + step).to(running.dtype.element_ty), mask=c < C)
+        new = tl.fma(old, 1 - momentum, momentum * batch)
+    tl.store(running + c, new.to(running.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def move_running(running_mean, running_var, num_batches_tracked, mean, m2, rows, momentum, c, C):
+    """Move the running statistics, where there are some, towards a batch's by `momentum` or, where that is None, by
+    1/num_batches_tracked; and count the batch. m2: the sum of squared deviations of its rows.
+    """
+    if running_mean is not None:
+        _move(running_mean, mean, num_batches_tracked, momentum, c, C)
+        _move(running_var, tl.div_rn(m2, rows - 1), num_batches_tracked, momentum, c, C)
+        # Without momentum every program reads the counter: then the launcher has counted already.
+        if num_batches_tracked is not None and momentum is not None:
+            if tl.program_id(0) == 0:
+                tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1)
 
 
 @triton.jit(do_not_specialize=["P", "units"])
@@ -247,13 +261,7 @@ def _bn_finalize_kernel(
     lane_mean -= offset[None, :]
     batch_m2 = tl.sum(tl.fma(n * lane_mean, lane_mean, lane_m2), 0)
     store_bn(bn, batch_mean, tl.div_rn(batch_m2, total), weight, bias, eps, c, C)
-    if running_mean is not None:
-        move_running(running_mean, batch_mean, num_batches_tracked, momentum, c, C)
-        move_running(running_var, tl.div_rn(batch_m2, total - 1), num_batches_tracked, momentum, c, C)
-        # Without momentum every program reads the counter: then the launcher has counted already.
-        if num_batches_tracked is not None and momentum is not None:
-            if tl.program_id(0) == 0:
-                tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1)
+    move_running(running_mean, running_var, num_batches_tracked, batch_mean, batch_m2, total, momentum, c, C)
 
 
 @triton.jit(do_not_specialize=["units"])

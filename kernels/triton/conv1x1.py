@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.batch_norm import ChannelStats, channel_stats
+from ..reference.conv1x1 import ONE_PASS_CHANNELS
 from ..reference.conv2d import Pair
 from ._common import (
     MULTIPROCESSORS,
@@ -37,19 +38,19 @@ from ._common import (
     check_dense,
     check_vectors,
     part_of,
+    row_vector,
 )
 from ._gemm import (
     Tile,
     activation,
-    by_width,
     check_strided,
+    choices,
     choose,
     has_tma,
     load_pixels,
     load_tile,
     operand,
     part,
-    row_vector,
     split_count,
     store_pixels,
     store_tile,
@@ -106,11 +107,7 @@ _AMPERE = {
     },
 }
 CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
-"""By part; what comes by pointers takes the tiles of 80 on every part."""
-_FLOAT32 = (Tile(64, 64, 16, 2, 8, 3), Tile(64, 32, 16, 1, 4, 2))
-
-ONE_PASS_CHANNELS = 128
-"""Output channels up to which `conv1x1_bwd` can hold all of dy's in one tile."""
+"""By part, form and width."""
 
 _SIZES = ["M", "c_units", "k_units", "H", "W", "HO", "WO"]
 
@@ -270,12 +267,6 @@ def _conv1x1_bwd_kernel(
     store_tile(partials + tl.cast(split, tl.int64) * K * C, acc, 0, c, K, C, DEPTH, CHANNELS, False)
 
 
-def _choices(form: str, like: Tensor, channels: int, tma: bool) -> tuple[Tile, ...]:
-    if like.dtype == torch.float32:
-        return _FLOAT32
-    return by_width(CONFIGS[part_of(like.device) if tma else 80][form], channels)
-
-
 def _check_raw(kernel: str, g: Tensor, y: Tensor | None, bn: Tensor | None, grad: Tensor | None) -> Tensor | None:
     """y as it is needed: None where statistics are constant. Raises for vectors that do not fit."""
     check_activations(kernel, g=g, y=y)
@@ -327,14 +318,12 @@ def conv1x1(
             with_stats,
             stride,
             tma,
-            *tile[:4],
-            STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+            **tile.constants,
         )
         return ChannelStats(count, mean, m2) if with_stats else None, compiled
 
     form = "conv1x1" if bn is None else "conv1x1, BN + ReLU on load"
-    return y, choose("conv1x1", _choices(form, x, k, tma), x, launch)
+    return y, choose("conv1x1", choices(CONFIGS, form, x, k, tma), x, launch)
 
 
 def conv1x1_dgrad(
@@ -391,13 +380,11 @@ def conv1x1_dgrad(
             *unit(c, k),
             stride,
             tma,
-            *tile[:4],
-            STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+            **tile.constants,
         )
         return dx, compiled
 
-    return choose(kernel, _choices(kernel, g, c, tma), g, launch)
+    return choose(kernel, choices(CONFIGS, kernel, g, c, tma), g, launch)
 
 
 def conv1x1_wgrad(
@@ -441,13 +428,11 @@ def conv1x1_wgrad(
             *unit(c, k),
             stride,
             tma,
-            *tile[:4],
-            STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+            **tile.constants,
         )
         return partials, compiled
 
-    partials = choose(kernel, _choices(kernel, g, k, tma), g, launch)
+    partials = choose(kernel, choices(CONFIGS, kernel, g, k, tma), g, launch)
     return sum_splits(partials, None if bn is None else bn[2])
 
 
@@ -506,11 +491,9 @@ def conv1x1_bwd(
             *unit(c, k),
             mask,
             tma,
-            *tile[:4],
-            STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+            **tile.constants,
         )
         return partials, compiled
 
-    partials = choose(kernel, _choices(kernel, g, k, tma), g, launch)
+    partials = choose(kernel, choices(CONFIGS, kernel, g, k, tma), g, launch)
     return dx, sum_splits(partials, None if bn is None else bn[2])

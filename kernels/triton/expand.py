@@ -2,7 +2,7 @@
 
     expand        out = relu(out_scale*(a W^T) + out_shift + shortcut), a = relu(scale*y + shift) formed on load
     expand_wgrad  P = g'^T a, for a projection also g'^T x_s, and sum g'; g' = g behind the ReLU's mask, written once
-    expand_dgrad  (g' u + a v + k) masked by a's ReLU, and the two sums of the batch norm in front
+    expand_dgrad  (g' u + a v + d*a + k) masked by a's ReLU, and the two sums of the batch norm in front
 
 `fastres.kernels.reference.expand` defines every form; docs/arithmetic.md derives them. Layout: dense `[N, H, W, C]`
 seen as `[M, C]`, any M and any channel counts; float32, float16 or bfloat16 in memory, float32 in accumulators, vectors
@@ -37,12 +37,13 @@ from ._common import (
     check_vectors,
     part_of,
     relu,
+    row_vector,
 )
 from ._gemm import (
     Tile,
     activation,
-    by_width,
     check_strided,
+    choices,
     choose,
     has_tma,
     load_pixels,
@@ -50,7 +51,6 @@ from ._gemm import (
     masked,
     operand,
     part,
-    row_vector,
     split_count,
     store_tile,
     sum_splits,
@@ -93,8 +93,7 @@ _AMPERE = {
     },
 }
 CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
-"""By part; what comes by pointers takes the tiles of 80 on every part."""
-_FLOAT32 = (Tile(64, 64, 16, 2, 8, 3), Tile(64, 32, 16, 1, 4, 2))
+"""By part, form and width."""
 
 RESIDENT_CHANNELS = 128
 """Channels of y up to which all of them fit into one tile, and the weights stay with the program."""
@@ -218,7 +217,7 @@ def _expand_wgrad_kernel(
             grad = load_tile(g, row, c, M, C, DEPTH, CHANNELS, TMA)
             if out is not None:
                 grad = masked(grad, load_tile(out, row, c, M, C, DEPTH, CHANNELS, TMA))
-            a = load_pixels(x, row, k, M, S, H, W, HO, WO, STRIDE, DEPTH, PIXELS, TMA and STRIDE == 1)
+            a = load_pixels(x, row, k, M, S, H, W, HO, WO, STRIDE, DEPTH, PIXELS, TMA)
             acc = tl.dot(a.T, grad, acc, input_precision="ieee")
     base = partials + tl.cast(split, tl.int64) * (K + S + 1) * C
     if of_y:
@@ -231,7 +230,7 @@ def _expand_wgrad_kernel(
 
 @triton.jit(do_not_specialize=["M", "k_units", "c_units"])
 def _expand_dgrad_kernel(
-    g, u, v, v_scale, k_vector, y, y_epilogue, bn, dz, sums, M, k_units, c_units,
+    g, u, v, v_scale, k_vector, d_vector, y, y_epilogue, bn, dz, sums, M, k_units, c_units,
     K_UNIT: tl.constexpr, C_UNIT: tl.constexpr, TMA: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -266,7 +265,12 @@ def _expand_dgrad_kernel(
         value = part(acc, index, PARTS)
         if k_vector is not None:
             value += tl.load(k_vector + channels, mask=channels < K, other=0.0)[:, None]
-        stops = (tl.fma(raw, scale, shift) <= 0) | (tl.arange(0, PART) >= M - m)[None, :]
+        z = tl.fma(raw, scale, shift)
+        if d_vector is not None:
+            d = tl.load(d_vector + channels, mask=channels < K, other=0.0)
+            a = relu(z).to(dz.dtype if TMA else dz.dtype.element_ty).to(tl.float32)
+            value = tl.fma(tl.broadcast_to(d[:, None], a.shape), a, value)
+        stops = (z <= 0) | (tl.arange(0, PART) >= M - m)[None, :]
         rounded = tl.where(stops, 0.0, value).to(dz.dtype if TMA else dz.dtype.element_ty)
         value = rounded.to(tl.float32)
         total += tl.sum(value, 1)
@@ -275,12 +279,6 @@ def _expand_dgrad_kernel(
     at = tl.cast(tile, tl.int64) * 2 * K + channels
     tl.store(sums + at, total, mask=channels < K)
     tl.store(sums + at + K, centred, mask=channels < K)
-
-
-def _choices(form: str, like: Tensor, channels: int, tma: bool) -> tuple[Tile, ...]:
-    if like.dtype == torch.float32:
-        return _FLOAT32
-    return by_width(CONFIGS[part_of(like.device) if tma else 80][form], channels)
 
 
 def expand(
@@ -335,9 +333,7 @@ def expand(
             walkers,
             *unit(k, c),
             tma,
-            *tile[:4],
-            STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+            **tile.constants,
         )
         return out, compiled
 
@@ -362,17 +358,15 @@ def expand(
             *unit(k, c, s),
             stride,
             tma,
-            *tile[:4],
-            STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+            **tile.constants,
         )
         return out, compiled
 
     if shortcut_weight is not None:
-        return choose(kernel, _choices("expand, project", y, k, tma), y, launch)
+        return choose(kernel, choices(CONFIGS, "expand, project", y, k, tma), y, launch)
     if k <= RESIDENT_CHANNELS and y.dtype != torch.float32:
-        return choose(kernel, _choices("expand, resident", y, k, tma), y, launch_resident)
-    return choose(kernel, _choices("expand", y, k, tma), y, launch)
+        return choose(kernel, choices(CONFIGS, "expand, resident", y, k, tma), y, launch_resident)
+    return choose(kernel, choices(CONFIGS, "expand", y, k, tma), y, launch)
 
 
 def expand_wgrad(
@@ -415,16 +409,14 @@ def expand_wgrad(
             *unit(k, c, s),
             stride,
             tma,
-            *tile[:4],
-            STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+            **tile.constants,
         )
         return partials, compiled
 
     if rows == 0:
         sums = torch.zeros(k + s + 1, c, dtype=torch.float32, device=g.device)
     else:
-        sums = sum_splits(choose(kernel, _choices(kernel, g, k, tma), g, launch))
+        sums = sum_splits(choose(kernel, choices(CONFIGS, kernel, g, k, tma), g, launch))
     return sums[:k].T, sums[-1], g if stored is None else stored, None if x is None else sums[k:-1].T
 
 
@@ -436,6 +428,7 @@ def expand_dgrad(
     y: Tensor,
     bn: Tensor,
     v_scale: Tensor | None = None,
+    d: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient in front of `bn` and its sums, a partial for each tile of pixels; reads g and y, writes dz. See the
     reference.
@@ -448,7 +441,7 @@ def expand_dgrad(
     channels, c = y.shape[-1], g.shape[-1]
     check_dense(kernel, (c, channels), (g.dtype,), g.device, u=u)
     check_dense(kernel, (channels, channels), (g.dtype,), g.device, v=v)
-    check_dense(kernel, (channels,), (torch.float32,), g.device, k=k)
+    check_dense(kernel, (channels,), (torch.float32,), g.device, k=k, d=d)
     check_dense(kernel, (), (torch.float32,), g.device, v_scale=v_scale)
     dz = torch.empty_like(y)
     rows = y.shape[:3].numel()
@@ -465,6 +458,7 @@ def expand_dgrad(
             operand(v, tile.depth, tile.channels, tma),
             v_scale,
             k,
+            d,
             operand(None if v is None else y, tile.pixels, tile.depth, tma),
             operand(y, part_pixels, tile.channels, tma),
             bn,
@@ -474,10 +468,8 @@ def expand_dgrad(
             *units(channels, c),
             *unit(channels, c),
             tma,
-            *tile[:4],
-            STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+            **tile.constants,
         )
         return (dz, sums), compiled
 
-    return choose(kernel, _choices(kernel, g, channels, tma), g, launch)
+    return choose(kernel, choices(CONFIGS, kernel, g, channels, tma), g, launch)

@@ -44,16 +44,17 @@ from ._common import (
     on_device,
     part_of,
     relu,
+    row_vector,
 )
 from ._gemm import (
     Tile,
-    by_width,
+    activation,
+    choices,
     choose,
     has_tma,
     load_tile,
     operand,
     precision,
-    row_vector,
     split_count,
     store_tile,
     sum_splits,
@@ -62,18 +63,20 @@ from ._gemm import (
 )
 from .batch_norm import check_running, move_running, store_bn
 
-CONFIGS = {
-    80: {
-        64: (Tile(64, 64, 64, 1, 4, 4), Tile(64, 64, 32, 1, 4, 3)),
-        128: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3)),
-    },
-    90: {
+_HOPPER = {
+    "gram": {
         64: (Tile(64, 64, 64, 1, 4, 4), Tile(64, 64, 64, 1, 4, 3)),
         128: (Tile(128, 128, 64, 1, 8, 4), Tile(128, 128, 64, 1, 8, 3)),
-    },
+    }
 }
-CONFIGS[100] = CONFIGS[90]
-"""By part; what comes by pointers takes the tiles of 80 on every part."""
+_AMPERE = {
+    "gram": {
+        64: (Tile(64, 64, 64, 1, 4, 4), Tile(64, 64, 32, 1, 4, 3)),
+        128: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3)),
+    }
+}
+CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
+"""By part, form and width."""
 _FLOAT32 = (Tile(64, 64, 16, 1, 8, 3), Tile(32, 32, 16, 1, 4, 2))
 
 MOST_ROWS = 4096
@@ -99,9 +102,7 @@ def _pivot(bn, c, K, PIVOT: tl.constexpr):
 @triton.jit
 def _centred_activation(y, live, bn, pivot, c, K, PIVOT: tl.constexpr):
     """a - pivot of a tile of y, rounded to y's dtype; zero where not live, and past the last channel."""
-    scale = tl.broadcast_to(row_vector(bn, 2, c, K)[None, :], y.shape)
-    shift = tl.broadcast_to(row_vector(bn, 3, c, K)[None, :], y.shape)
-    a = relu(tl.fma(y.to(tl.float32), scale, shift)).to(y.dtype)
+    a = activation(y, bn, c, K)
     if PIVOT:
         a = (a.to(tl.float32) - pivot[None, :]).to(y.dtype)
     return tl.where(live, a, 0.0).to(y.dtype)
@@ -238,13 +239,7 @@ def _gram_finalize_kernel(
     # Rounding can push the variance of a constant channel below zero.
     m2 = tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
     store_bn(bn, mean, tl.div_rn(m2, count), weight, bias, eps, n, N)
-    if running_mean is not None:
-        move_running(running_mean, mean, num_batches_tracked, momentum, n, N)
-        move_running(running_var, tl.div_rn(m2, count - 1), num_batches_tracked, momentum, n, N)
-        # Without momentum every program reads the counter: then the launcher has counted already.
-        if num_batches_tracked is not None and momentum is not None:
-            if tl.program_id(0) == 0:
-                tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1)
+    move_running(running_mean, running_var, num_batches_tracked, mean, m2, count, momentum, n, N)
 
 
 @triton.jit
@@ -328,11 +323,11 @@ def _gram_bwd_wgrad_kernel(
 
 @triton.jit(do_not_specialize=["n_units", "k_units", "row_programs"])
 def _gram_bwd_square_kernel(
-    conv_weight, bn, grad, mean, bounds, v, v_scale, k_partials, n_units, k_units, row_programs,
+    conv_weight, bn, grad, mean, bounds, v, v_scale, d, k_partials, n_units, k_units, row_programs,
     N_UNIT: tl.constexpr, K_UNIT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A block of v = W^T (scale*b*W), and what it adds to k."""
+    """A block of v = W^T (scale*b*W), and what it adds to k; with d, the diagonal goes there."""
     N = n_units * N_UNIT
     K = k_units * K_UNIT
     i = tl.program_id(0)
@@ -349,21 +344,29 @@ def _gram_bwd_square_kernel(
         # |v| is at most the largest of the sums of |scale*b|*W**2 (Cauchy-Schwarz): put that just below 2**15.
         largest = 0.0
         for start in tl.range(0, K, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
             bound = tl.zeros((COLUMNS,), tl.float32)
-            for row in tl.range(0, row_programs):
-                bound += tl.load(bounds + row * K + columns, mask=columns < K, other=0.0)
+            for row in tl.range(0, row_programs, ROWS):
+                bound += tl.sum(load_tile(bounds, row, start, row_programs, K, ROWS, COLUMNS, False), 0)
             largest = tl.maximum(largest, tl.max(bound, 0))
         exponent = tl.ceil(tl.log2(tl.maximum(largest, 2.0**-110)))
         factor = tl.exp2(14.0 - exponent)
         if (i == 0) & (j == 0):
             tl.store(v_scale, tl.exp2(exponent - 14.0))
-    rounded = (acc * factor).to(v.dtype.element_ty)
-    store_tile(v, rounded, i * COLUMNS, j * COLUMNS, K, K, COLUMNS, COLUMNS, False)
     rows = i * COLUMNS + tl.arange(0, COLUMNS)
     columns = j * COLUMNS + tl.arange(0, COLUMNS)
+    on_diagonal = rows[:, None] == columns[None, :]
+    product = acc
+    if d is not None:
+        acc = tl.where(on_diagonal, 0.0, acc)
+    rounded = (acc * factor).to(v.dtype.element_ty)
+    store_tile(v, rounded, i * COLUMNS, j * COLUMNS, K, K, COLUMNS, COLUMNS, False)
+    read = rounded.to(tl.float32) / factor
+    if d is not None:
+        read = tl.where(on_diagonal, product, read)
+        if i == j:
+            tl.store(d + columns, tl.sum(tl.where(on_diagonal, product, 0.0), 0), mask=columns < K)
     centre = tl.load(mean + rows, mask=rows < K, other=0.0)
-    of_k = tl.sum(centre[:, None] * (rounded.to(tl.float32) / factor), 0)
+    of_k = tl.sum(centre[:, None] * read, 0)
     tl.store(k_partials + (row_programs + i) * K + columns, -of_k, mask=columns < K)
 
 
@@ -379,12 +382,6 @@ class SmallTile(NamedTuple):
 # All of it lies in L2: many programs hide latency better than large tiles reuse what they read. By whether the weights
 # are float32, whose products are not for the tensor cores.
 SMALL = {False: SmallTile(32, 32, 4, 2), True: SmallTile(32, 16, 4, 2)}
-
-
-def _choices(like: Tensor, channels: int, tma: bool) -> tuple[Tile, ...]:
-    if like.dtype == torch.float32:
-        return _FLOAT32
-    return by_width(CONFIGS[part_of(like.device) if tma else 80], channels)
 
 
 def gram(y: Tensor, bn: Tensor) -> Gram:
@@ -421,13 +418,11 @@ def gram(y: Tensor, bn: Tensor) -> Gram:
             *unit(k),
             pivot,
             tma,
-            *tile[:4],
-            STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+            **tile.constants,
         )
         return (partials, totals), compiled
 
-    partials, totals = choose("gram", _choices(y, k, tma), y, launch)
+    partials, totals = choose("gram", choices(CONFIGS, "gram", y, k, tma, _FLOAT32), y, launch)
     splits, blocks, channels, _ = partials.shape
     with on_device(y.device):
         rows = 512 // channels  # 4 values and 16 splits a thread
@@ -518,8 +513,9 @@ def gram_bwd(
     count: int,
     mean: Tensor | None = None,
     scatter: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dW, `grad`, u, v, k and v_scale in four launches, or in two for constant statistics. See the reference.
+    diagonal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dW, `grad`, u, v, k, v_scale and d in four launches, or in two for constant statistics. See the reference.
 
     p may have any strides. Raises ValueError where an argument does not fit the others' shapes and device.
     """
@@ -543,10 +539,11 @@ def gram_bwd(
     )
     small, rows = SMALL[conv_weight.dtype == torch.float32], float(count)
     programs, blocks = ceil_div(n, small.rows), ceil_div(k, small.columns)
-    k_partials = bounds = v = v_scale = None
+    k_partials = bounds = v = v_scale = d = None
     if scatter is not None:
         k_partials = torch.empty(programs + blocks, k, dtype=torch.float32, device=device)
         v = torch.empty(k, k, dtype=conv_weight.dtype, device=device)
+        d = torch.empty_like(mean) if diagonal else None
         if conv_weight.dtype == torch.float16:
             bounds = torch.empty(programs, k, dtype=torch.float32, device=device)
             v_scale = torch.empty((), dtype=torch.float32, device=device)
@@ -571,7 +568,7 @@ def gram_bwd(
             num_warps=small.num_warps,
         )
         if scatter is None:
-            return dw, grad, u, None, None, None
+            return dw, grad, u, None, None, None, None
         _gram_bwd_square_kernel[(blocks, blocks)](
             conv_weight,
             bn,
@@ -580,6 +577,7 @@ def gram_bwd(
             bounds,
             v,
             v_scale,
+            d,
             k_partials,
             *units(n, k),
             programs,
@@ -588,4 +586,4 @@ def gram_bwd(
             *tile,
             num_warps=small.num_warps,
         )
-    return dw, grad, u, v, sum_splits(k_partials), v_scale
+    return dw, grad, u, v, sum_splits(k_partials), v_scale, d

@@ -288,6 +288,19 @@ def test_running_statistics_over_four_steps(momentum, k, device):
         assert_three_way(name, *values, torch.float32)
 
 
+@pytest.mark.parametrize("namespace", ["reference", "triton"])
+@pytest.mark.parametrize("momentum", [1.0, None], ids=str)
+def test_a_batch_that_replaces_running_statistics_keeps_its_digits(momentum, namespace, k, device):
+    """As the first one of a cumulative average does, however small its values are beside the old ones."""
+    small = torch.linspace(1e-6, 1e-5, 24, device=device)
+    stats = ChannelStats(torch.tensor([100.0], device=device), small[None], 100 * small[None])
+    running = torch.ones(24, device=device), torch.ones(24, device=device), torch.tensor(0, device=device)
+    bn_finalize = {"reference": reference, "triton": k}[namespace].bn_finalize
+    bn_finalize(stats, None, None, *running, momentum, 1e-5)
+    for found, expected in zip(running, (small, 100 * small / 99), strict=False):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_parameters_and_running_statistics_of_16_bits(dtype, k, device):
     t = inputs("statistics, momentum 0.1", torch.float32, device, (2, 9, 7, 27))

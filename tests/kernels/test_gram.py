@@ -46,23 +46,29 @@ def inputs(dtype, device="cpu", spread=1.0):
     return a, g, weight, reference.gram_finalize(moments, ROWS, weight, gamma, beta, None, None, None, 0.1, 1e-5)
 
 
-def backward(dtype, device="cpu", spread=1.0):
-    a, g, weight, (bn, mean, scatter) = inputs(dtype, device, spread)
+def backward(dtype, spread=1.0, diagonal=False):
+    a, g, weight, (bn, mean, scatter) = inputs(dtype, spread=spread)
     p, sum_g = reference.projection_wgrad(g, a, 1)
-    return a, g, reference.gram_bwd(p, sum_g, weight, bn, ROWS, mean, scatter)
+    return a, g, reference.gram_bwd(p, sum_g, weight, bn, ROWS, mean, scatter, diagonal)
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("spread", [1.0, 1e-4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_mean_of_the_inputs_gradient_is_zero_to_float32s_rounding(dtype, spread):
+def test_the_mean_of_the_inputs_gradient_is_zero_to_float32s_rounding(dtype, spread, diagonal):
     """As the operands are that a product reads: in float16, v times a power of two."""
-    a, g, (_, _, u, v, k, v_scale) = backward(dtype, spread=spread)
+    a, g, (_, _, u, v, k, v_scale, d) = backward(dtype, spread, diagonal)
     assert u.dtype == v.dtype == dtype
     if dtype == torch.float16:
         v = v.float() * v_scale
         assert spread == 1 or not torch.equal(v.half().float(), v)
     else:
         assert v_scale is None
+    if diagonal:
+        assert d.dtype == torch.float32 and not v.diagonal().any()
+        v = v.double() + d.double().diag()
+    else:
+        assert d is None and v.diagonal().all()
     mean_g, mean_a = (t.double().flatten(0, 2).mean(0) for t in (g, a))
     terms = mean_g.abs() @ u.double().abs() + mean_a.abs() @ v.double().abs()
     error = (mean_g @ u.double() + mean_a @ v.double() + k.double()).abs()
