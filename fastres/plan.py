@@ -89,10 +89,8 @@ class PerCall:
         call = seconds.Call.of(self.kernel, args, kwargs)
         found, how = tuned.seconds(call.device, call.label), "measured"
         if found is None or not set(self.launchers) <= set(found):
-            found, how = (
-                {name: call.modelled(name, launcher, _part) for name, launcher in self.launchers.items()},
-                "modelled",
-            )
+            found = {name: call.modelled(name, launcher, _part) for name, launcher in self.launchers.items()}
+            how = "modelled"
         ordered = sorted(self.launchers, key=found.get)
         best, *others = (f"{1e6 * found[name]:.0f}" for name in ordered)
         left = ", ".join(f"{name} {other}" for name, other in zip(ordered[1:], others, strict=True))
@@ -192,12 +190,12 @@ def wrapping(wrap: Callable[[SimpleNamespace], SimpleNamespace]) -> Iterator[Non
 
 @contextlib.contextmanager
 def planning_for(device: torch.device | None = None, part: Part | None = None) -> Iterator[None]:
-    """Inside, tensors of any device get the plan of `device`, where one is given, and calls are modelled for `part`:
-    how a unit is counted on the meta device.
+    """Inside, tensors of any device get the plan of `device`, and calls are modelled for `part`, as far as given: how a
+    unit is counted on the meta device.
     """
     global _device, _part
     before = _device, _part
-    _device, _part = device, part
+    _device, _part = device or _device, part or _part
     try:
         yield
     finally:
@@ -249,6 +247,7 @@ def _resolve_block(
     if origin(k.expand) != "triton" or last is None or seconds_saved_per_pixel(*last, projection=False) <= 0:
         return k
     flags = {"gram_folding": True, "one_pass": first <= ONE_PASS_CHANNELS and dtype != torch.float32}
+    flags["projection_conv"] = k.conv1x1  # the same contract, where the extension does not serve it
     if projection is not None and backend == "auto" and _extension_on_gpu(dtype, device_type):
         extension = backends.load("projection")
         flags |= {name: getattr(extension, name) for name in _EXTENSION_IN_BLOCKS}

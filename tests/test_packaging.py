@@ -102,6 +102,7 @@ def test_sdist_holds_sources_and_tests_and_no_build_products(source, tmp_path):
     ids=["skipped", "no compiler", "torch hidden"],
 )
 def test_wheel_without_the_extension_is_for_any_platform_and_says_why(source, tmp_path, prelude, environment, reason):
+    (source / "fastres" / "tuned" / "planted.json").write_text("{}")
     wheel = build("build_wheel", source, tmp_path, prelude, **environment)
     assert wheel.name == "fastres-0.1.0-py3-none-any.whl"
     names, outcome, description = contents(wheel)
@@ -110,6 +111,7 @@ def test_wheel_without_the_extension_is_for_any_platform_and_says_why(source, tm
     assert "Root-Is-Purelib: true" in description
     code = {name for name in names if ".dist-info/" not in name and not name.endswith(".json")}
     assert code == modules(source)
+    assert "fastres/tuned/planted.json" in names, "measured tables are no code, and belong into the wheel"
 
 
 def test_wanted_extension_that_cannot_be_built_is_an_error(source, tmp_path):

@@ -134,10 +134,10 @@ def test_forms_of_a_bottleneck_on_a_gpu(first, last, projection, one_pass, folde
 
 
 @needs_triton
-def test_without_the_extension_a_projection_is_stored(monkeypatch):
+def test_without_the_extension_a_projection_is_stored_as_any_1x1_conv(monkeypatch):
     monkeypatch.setattr(plan, "_extension_on_gpu", lambda dtype, device_type: False)
     k = plan.resolve_block(torch.bfloat16, META, "auto", 64, (64, 256), (64, 256))
-    assert k.gram_folding and not k.fold_projection and plan.origin(k.projection_conv) == "library"
+    assert k.gram_folding and not k.fold_projection and k.projection_conv is k.conv1x1
 
 
 @needs_triton

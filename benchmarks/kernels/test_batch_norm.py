@@ -18,6 +18,7 @@ CASES = (
     "bn_act, shortcut projected, ReLU",
     "bn_bwd_reduce, mask output",
     "bn_bwd_reduce, mask output, two branches",
+    "bn_bwd_mask",
     "bn_bwd_apply, mask output, shortcut identity",
     "bn_bwd_apply, mask output, shortcut projected",
 )

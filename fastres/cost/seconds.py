@@ -83,5 +83,5 @@ def _on_meta(t: Tensor) -> Tensor:
 
 def _text(value: object) -> str:
     if isinstance(value, Tensor):
-        return "x".join(map(str, value.shape)) or "scalar"
-    return str(value)
+        return _text(value.shape) or "scalar"
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -278,17 +278,17 @@ class ResidualBlock:
         """One value for each conv of the main branch and one for a projection, None where there is none."""
         return [*values, *[None] * (self.depth + 1 - len(values))]
 
-    def _plan(self, x, weights, geometry, backend) -> SimpleNamespace:
+    def _plan(self, x: Tensor, convs: Sequence[Conv], backend: str) -> SimpleNamespace:
         """By channel counts, which do not change from batch to batch, as what is saved must not."""
-        convs = self.convs(weights, *geometry)
         # As integers: a traced graph is one for these channels, whatever it leaves open.
-        first, *channels = int(weights[0].shape[0]), *(tuple(map(int, conv.weight.shape[1::-1])) for conv in convs)
-        last, projection = self._padded(channels)[self.depth - 1 :]
+        channels = [tuple(map(int, conv.weight.shape[1::-1])) for conv in convs]
+        first, (last, projection) = channels[0][1], self._padded(channels)[self.depth - 1 :]
         return plan.resolve_block(x.dtype, x.device, backend, first, last if self.folds_last else None, projection)
 
     def _forward(self, x, weights, shortcut, bns, geometry, backend) -> tuple[Tensor | None, ...]:
-        k = self._plan(x, weights, geometry, backend)
-        *convs, projection = self._padded(self.convs(weights, *geometry))
+        convs = self.convs(weights, *geometry)
+        k = self._plan(x, convs, backend)
+        *convs, projection = self._padded(convs)
         form = self._folded_forward if k.gram_folding else stored_forward
         saved = form(k, x, convs, bns, projection, shortcut)
         raw, vectors = self._padded(saved.raw), self._padded(saved.vectors)
@@ -302,14 +302,15 @@ class ResidualBlock:
         None where not needed. needs: x, shortcut, then the weights, then for each batch norm whether gamma or beta need
         theirs. saved: what `_forward` returned behind out.
         """
-        k = self._plan(x, weights, geometry, backend)
+        convs = self.convs(weights, *geometry)
+        k = self._plan(x, convs, backend)
         count = len(weights)
         need_x, need_shortcut, *need = needs
         need_weights, need_bns = need[:count], need[count:]
         raw, vectors, moments = saved[: self.depth + 1], saved[self.depth + 1 : -4], saved[-4:]
         of_last, of_projection = Moments(*moments[:2]), Moments(*moments[2:])
         all_moments = [*[Moments()] * (self.depth - 1), of_last, of_projection]
-        each = zip(self.convs(weights, *geometry), raw, vectors, all_moments, strict=False)
+        each = zip(convs, raw, vectors, all_moments, strict=False)
         layers = [
             Layer(*layer, *flags) for layer, *flags in zip(each, batch_stats, need_weights, need_bns, strict=True)
         ]
@@ -335,7 +336,7 @@ class ResidualBlock:
         if len(convs) > self.depth:
             raw.append(torch.empty_like(out))
         moments = [None] * 4
-        k = self._plan(x, weights, geometry, backend)
+        k = self._plan(x, convs, backend)
         if k.gram_folding:
             reads = [shapes[-2][3], x.shape[3]]
             # A basic block's own list is there to fold its projection.

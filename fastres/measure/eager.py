@@ -52,7 +52,8 @@ class BatchNorm:
             state = t["weight"], t["bias"], t["running_mean"], t["running_var"]
             torch.native_batch_norm(_nchw(t["y"]), *state, True, 0.1, 1e-5)
         elif "g" in t:
-            g = torch.ops.aten.threshold_backward(t["g"], t["out"], 0)
+            # Where the mask is formed from y, stock reads the activation that it has saved: a tensor of y's size.
+            g = torch.ops.aten.threshold_backward(t["g"], t.get("out", t["y"]), 0)
             self._backward(g, t["y"], t["bn"])
             if "residual_bn" in t:
                 self._backward(g, t["residual"], t["residual_bn"])

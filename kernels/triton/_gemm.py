@@ -81,8 +81,8 @@ def choices(
     tma: bool,
     float32: Choices = FLOAT32,
 ) -> Choices:
-    """Of choices by part, form of a kernel, and the widest channel count that they are for: those for `channels` and the
-    dtype and device of `like`. The last serve all wider ones.
+    """Of choices by part, form of a kernel and the widest channel count that they are for, those for `channels` and for
+    the dtype and device of `like`. The last serve all wider ones.
 
     What comes by pointers takes the tiles of 80 on every part.
     """
