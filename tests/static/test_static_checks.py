@@ -26,6 +26,15 @@ def test_narrow_rows_are_tiles_without_a_64_bit_offset(scalar, tensor, narrow):
     assert len(static_checks.narrow_rows(TTIR.format(scalar=scalar, tensor=tensor))) == narrow
 
 
+def test_a_name_that_another_branch_defines_again_stands_for_its_own():
+    wide = "%at = tt.addptr %tile, %offsets : tensor<32x64x!tt.ptr<bf16>>, tensor<32x64xi64>"
+    narrow = "%at = tt.addptr %tile, %offsets : tensor<32x64x!tt.ptr<bf16>>, tensor<32x64xi32>"
+    load = "%{} = tt.load %at, %inside : tensor<32x64x!tt.ptr<bf16>>"
+    for first, second, found in ((wide, narrow, "second"), (narrow, wide, "first")):
+        branches = ["scf.if %p {", first, load.format("first"), "} else {", second, load.format("second"), "}"]
+        assert static_checks.narrow_rows("\n".join(branches)) == [load.format(found)]
+
+
 def test_pointers_that_a_loop_carries_count_as_narrow():
     loop = "  %value = tt.load %arg7, %inside : tensor<32x64x!tt.ptr<bf16>>"
     assert static_checks.narrow_rows(loop) == [loop.strip()]

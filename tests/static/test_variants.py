@@ -19,7 +19,13 @@ def keys(case, sizes):
     request = static_checks.Request.of(case, torch.bfloat16, **sizes)
     return [launch.key for launch in static_checks._launches(request, 90)]
 
-image = {"batch_norm": {"h": 14, "w": 14, "c": 256}, "stem": {"h": 112, "w": 112, "c": 64}}
+image = {
+    "batch_norm": {"h": 14, "w": 14, "c": 256},
+    "stem": {"h": 112, "w": 112, "c": 64},
+    "conv1x1": {"h": 14, "w": 14, "c": 256, "k": 64},
+    "expand": {"h": 14, "w": 14, "k": 64, "c": 256, "s": 128},
+    "gram": {"h": 14, "w": 14, "k": 64, "c": 256},
+}
 print(json.dumps({
     case.name: [keys(case.name, {"n": n, **image[family]}) for n in (256, 143, 1)]
     for family in image for case in cases.BY_FAMILY[family] if case.static
