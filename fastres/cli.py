@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 from .parts import PARTS
@@ -28,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read this has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,7 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("model", metavar="MODEL", help="one of fastres.models.names()")
     images = explain.add_mutually_exclusive_group()
     images.add_argument(
-        "--batch", type=options.positive, metavar="N", help="count a training step of N images of the usual size"
+        "--batch",
+        type=options.positive,
+        metavar="N",
+        help="count a training step of N images of the usual size on a GPU; none needs to be there",
     )
     images.add_argument("--input", type=_shape, metavar="N,C,H,W", help="the same for images of any size")
     explain.add_argument(
@@ -155,8 +162,13 @@ def _info(arguments) -> int:
 
 
 def _explain(arguments) -> int:
+    import torch
+
     import fastres
     import fastres.models
+
+    from . import cost
+    from .train.engine import DTYPES
 
     shape = arguments.input
     if arguments.batch is not None:
@@ -166,16 +178,16 @@ def _explain(arguments) -> int:
         model = fastres.models.create(arguments.model, **channels)
     except ValueError as error:
         raise UserError(f"argument MODEL: {error}") from error
+    dtype = DTYPES[arguments.dtype]
+    device = "cuda" if torch.cuda.is_available() else "cpu" if shape is None else "meta"
     try:
-        explanation = fastres.explain(model, shape)
+        explanation = fastres.explain(model, shape, dtype=dtype, device=device)
     except ValueError as error:
         raise UserError(f"argument --input: {error}") from error
-    print(explanation)
+    planned = {"cuda": "this GPU", "cpu": "this CPU", "meta": "a GPU"}[device]
+    print(f"The plan of {planned} for {arguments.dtype} activations:\n\n{explanation}")
     if shape is not None:
-        from . import cost
-        from .train.engine import DTYPES
-
-        print(f"\n{cost.compare(model, shape, DTYPES[arguments.dtype], PARTS[arguments.part])}")
+        print(f"\n{cost.compare(model, shape, dtype, PARTS[arguments.part])}")
     return 0
 
 

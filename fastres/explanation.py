@@ -20,7 +20,8 @@ class Row(NamedTuple):
     path: in the model, "" for the model itself. unit: the function of `fastres.functional` that it is. status: "fused";
     "partly", where the shortcut runs as its own module beside the fused rest; "stock", where the children run one by
     one. input: shape of its input, where `explain` was given one. backend: what was asked for, and the kernel
-    namespaces that serve it for the dtype and device of its parameters. reason: why not fused, or not wholly.
+    namespaces that serve it for the dtype and device. form: of a fused block, what is Gram-folded and what is stored,
+    and why. reason: why not fused, or not wholly.
     """
 
     path: str
@@ -28,6 +29,7 @@ class Row(NamedTuple):
     status: str
     input: tuple[int, ...] | None
     backend: str
+    form: str
     reason: str
 
 
@@ -46,13 +48,14 @@ class Explanation:
                 row.status,
                 "x".join(map(str, row.input or ())),
                 row.backend,
+                row.form,
                 row.reason,
             )
             for row in self.rows
         ]
         lines = []
         if table:
-            table.insert(0, ("path", "unit", "status", "input", "backend", "reason"))
+            table.insert(0, ("path", "unit", "status", "input", "backend", "form", "reason"))
             columns = [column for column in zip(*table, strict=True) if any(column[1:])]
             lines = [*aligned(list(zip(*columns, strict=True))), ""]
         return "\n".join(lines + self.notes)
@@ -60,8 +63,14 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Explanation:
-    """Say of each block and stem of a model whether it runs fused, by which backend, or why not.
+def explain(
+    model: nn.Module,
+    input_shape: Sequence[int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Explanation:
+    """Say of each block and stem of a model whether it runs fused, by which backend and in which form, or why not.
 
     This is what the modules are now: conditions of a single call (a tracer, an empty batch, a torch.func transform) are
     looked at when that call is made. A model that was not converted yet is shown as it is.
@@ -71,36 +80,41 @@ def explain(model: nn.Module, input_shape: Sequence[int] | None = None) -> Expla
         input_shape: of one input tensor, `(N, C, H, W)`; adds the shape of each unit's input. The model then runs
             once on the meta device: nothing is computed and its state does not change. Raises ValueError when it does
             not take such an input.
+        dtype: of the activations, where that is not the parameters': under autocast.
+        device: where to plan for, by default where the parameters are; "meta" stands for a GPU.
     """
     units = find_units(model)
     shapes = {} if input_shape is None else _input_shapes(model, units, input_shape)
-    rows = [_row(unit, shapes.get(unit.path)) for unit in units]
+    device = None if device is None else torch.device(device)
+    rows = [_row(unit, shapes.get(unit.path), dtype, device) for unit in units]
     return Explanation(rows, _notes(model, units, rows))
 
 
-def _row(unit: Unit, shape: tuple[int, ...] | None) -> Row:
+def _row(unit: Unit, shape: tuple[int, ...] | None, dtype: torch.dtype | None, device: torch.device | None) -> Row:
     module, reason = unit.module, unit.reason
     if reason is not None:
-        return Row(unit.path, unit.name, "stock", shape, "", reason)
+        return Row(unit.path, unit.name, "stock", shape, "", "", reason)
     if not isinstance(module, FusedModule):
-        return Row(unit.path, unit.name, "stock", shape, "", "not converted: call fastres.convert(model)")
+        return Row(unit.path, unit.name, "stock", shape, "", "", "not converted: call fastres.convert(model)")
     separate = module.separate_reason()
-    backend, failure = _backend(module)
+    backend, form, failure = _plan(module, dtype, device)
     reason = "; ".join(filter(None, (failure, separate and f"the shortcut runs as its own module: {separate}")))
-    return Row(unit.path, unit.name, "fused" if separate is None else "partly", shape, backend, reason)
+    return Row(unit.path, unit.name, "fused" if separate is None else "partly", shape, backend, form, reason)
 
 
-def _backend(module: FusedModule) -> tuple[str, str | None]:
-    """The requested backend with the namespaces that serve it, and why a call would raise."""
+def _plan(module: FusedModule, dtype: torch.dtype | None, device: torch.device | None) -> tuple[str, str, str | None]:
+    """The requested backend with the namespaces that serve it, the form, and why a call would raise."""
     name = plan.requested(module.backend)
     weight = next(module.parameters(), None)
-    if weight is None or weight.device.type not in ("cpu", "cuda"):
-        return name, None
+    if weight is None or (device is None and weight.device.type not in ("cpu", "cuda")):
+        return name, "", None
+    dtype, device = dtype or weight.dtype, device or weight.device
     try:
-        chosen = set(plan.origins(weight.dtype, weight.device, name).values())
+        chosen = set(plan.origins(dtype, device, name).values())
+        form = module.form(dtype, device)
     except RuntimeError as error:
-        return name, str(error)
-    return f"{name}: {', '.join(namespace for namespace in backends.NAMESPACES if namespace in chosen)}", None
+        return name, "", str(error)
+    return f"{name}: {', '.join(namespace for namespace in backends.NAMESPACES if namespace in chosen)}", form, None
 
 
 def _notes(model: nn.Module, units: list[Unit], rows: list[Row]) -> list[str]:

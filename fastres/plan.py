@@ -134,6 +134,36 @@ def resolve_block(
     return _wrapped(_resolve_block(dtype, _planned(device).type, requested(backend), first, last, projection))
 
 
+def form_of_block(
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    first: int,
+    last: tuple[int, int] | None,
+    projection: tuple[int, int] | None,
+) -> str:
+    """The form of the block for which `resolve_block` takes these arguments, in words, with the reason for it."""
+    k = resolve_block(dtype, device, backend, first, last, projection)
+    one_pass = origin(k.expand) == "triton"
+    costs = "{} channels would cost more products than it saves bytes (modelled)"
+    if last is None:
+        return "convs stored" + (", projection Gram-folded" if k.gram_folding and projection is not None else "")
+    if not k.gram_folding:
+        why = costs.format(f"folding {last[0]}") if one_pass else f"Triton does not run its products in {_name(dtype)}"
+        return f"convs stored: {why}"
+    if projection is None:
+        return "Gram-folded"
+    if k.fold_projection:
+        return "Gram-folded, projection too"
+    if origin(k.projection_conv) != "projection":
+        return "Gram-folded, projection stored: the projection extension has no kernels for it here"
+    return f"Gram-folded, projection stored: {costs.format(f'folding its {projection[0]}')}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def resolve_projection(x: Tensor, output_shape: tuple[int, ...], backend: str = "auto") -> SimpleNamespace:
     """As `resolve`, for a projection shortcut outside of a block: x `[N, H, W, C]`, its output `[N, Ho, Wo, K]`."""
     name, device = requested(backend), _planned(x.device).type

@@ -283,6 +283,19 @@ def test_explain_tells_a_shortcut_that_runs_by_itself(model):
     assert row.reason == "the shortcut runs as its own module: downsample[1] has a hook"
 
 
+def test_explain_tells_the_form_of_a_block_and_why():
+    pytest.importorskip("triton")
+    shortcut = projection_shortcut(1024, 2048)
+    model = nn.Sequential(Bottleneck(1024, 512, downsample=shortcut), Bottleneck(2048, 512), ConvBNReLU2d(2048, 8))
+    assert [row.form for row in fastres.explain(model).rows] == ["Gram-folded, projection too", "Gram-folded", ""]
+    on_gpu = [row.form for row in fastres.explain(model, dtype=torch.bfloat16, device="meta").rows]
+    assert on_gpu[0].startswith("Gram-folded, projection stored: ") and on_gpu[1:] == ["Gram-folded", ""]
+    in_float32 = [row.form for row in fastres.explain(model, device="meta").rows]
+    assert in_float32[:2] == ["convs stored: Triton does not run its products in float32"] * 2
+    model[0].downsample[1].register_forward_hook(hook)
+    assert fastres.explain(model).rows[0].form == "Gram-folded", "the shortcut runs by itself"
+
+
 def test_explain_with_a_shape_leaves_the_model_as_it_was(model):
     fastres.convert(model)
     before = copy.deepcopy(model.state_dict())
@@ -300,7 +313,7 @@ def test_explanation_prints_an_aligned_table(model):
     model.append(nn.Conv2d(3, 4, 3))
     model[2].conv3.register_forward_hook(hook)
     head, rule, *rows, blank, counts, outside = str(fastres.explain(model, None)).splitlines()
-    assert head.split() == ["path", "unit", "status", "backend", "reason"]
+    assert head.split() == ["path", "unit", "status", "backend", "form", "reason"]
     assert set(rule) == {"-", " "}
     starts = [index for index, char in enumerate(rule) if char == "-" and (index == 0 or rule[index - 1] == " ")]
     assert all(row[start - 1] == " " for row in rows for start in starts[1:] if len(row) > start)

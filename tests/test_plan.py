@@ -133,6 +133,37 @@ def test_forms_of_a_bottleneck_on_a_gpu(first, last, projection, one_pass, folde
         assert {plan.origin(getattr(k, name)) for name in ("projection_conv", "projection_dgrad")} == {"projection"}
 
 
+COSTS = "{} channels would cost more products than it saves bytes (modelled)"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "dtype, last, projection, extension, form",
+    [
+        (torch.bfloat16, (64, 256), None, True, "Gram-folded"),
+        (torch.bfloat16, (64, 256), (64, 256), True, "Gram-folded, projection too"),
+        (torch.bfloat16, (512, 2048), (1024, 2048), True, f"Gram-folded, projection stored: {COSTS}"),
+        (
+            torch.bfloat16,
+            (64, 256),
+            (64, 256),
+            False,
+            "Gram-folded, projection stored: the projection extension has no",
+        ),
+        (torch.bfloat16, (1024, 2048), None, True, f"convs stored: {COSTS}"),
+        (torch.float32, (64, 256), None, True, "convs stored: Triton does not run its products in float32"),
+        (torch.float64, (64, 256), (64, 256), True, "Gram-folded, projection too"),
+        (torch.bfloat16, None, (64, 128), True, "convs stored"),
+        (torch.float64, None, (64, 128), True, "convs stored, projection Gram-folded"),
+    ],
+)
+def test_the_form_of_a_block_in_words(dtype, last, projection, extension, form, monkeypatch):
+    monkeypatch.setattr(plan, "_extension_on_gpu", lambda dtype, device_type: extension)
+    words = plan.form_of_block(dtype, META, "auto", 64, last, projection)
+    counted = f"folding {last[0]}" if last and "convs" in form else f"folding its {(projection or (0,))[0]}"
+    assert words.startswith(form.format(counted))
+
+
 @needs_triton
 def test_without_the_extension_a_projection_is_stored_as_any_1x1_conv(monkeypatch):
     monkeypatch.setattr(plan, "_extension_on_gpu", lambda dtype, device_type: False)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from fastres import functional
+from fastres import functional, plan
 
 from .fused import FusedModule
 from .guard import batch_norm_params, block_conv_reason, child_reason, conv_weight, norm_reason
@@ -116,6 +117,15 @@ class _FusedBlock(FusedModule):
 
     def separate_reason(self) -> str | None:
         return None if self.downsample is None else projection_reason(self.downsample, self.fused_stride())
+
+    def form(self, dtype: torch.dtype, device: torch.device) -> str:
+        projection = None
+        if self.downsample is not None and self.separate_reason() is None:
+            conv = self.downsample[0]
+            projection = conv.in_channels, conv.out_channels
+        last = getattr(self, "conv3", None)
+        last = last and (last.in_channels, last.out_channels)
+        return plan.form_of_block(dtype, device, self.backend, self.conv1.out_channels, last, projection)
 
     def fused_shortcut(self, x: Tensor) -> dict:
         """`projection` or `shortcut` for the fused function; neither is the identity."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor, nn
 
 from .guard import call_reason
@@ -34,6 +35,12 @@ class FusedModule:
     def separate_reason(self) -> str | None:
         """Which child runs as its own module beside the fused rest, and why, or None."""
         return None
+
+    def form(self, dtype: torch.dtype, device: torch.device) -> str:
+        """What of the unit is stored and what is Gram-folded for activations like these, and why; "" where there is but
+        one form. Raises RuntimeError where its backend cannot run there.
+        """
+        return ""
 
     def fused_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError

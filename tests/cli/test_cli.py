@@ -50,6 +50,13 @@ def test_explain_follows_an_input_through_the_model(capsys):
     assert code == 0, err
     assert all(shape in out for shape in ("2x1x28x28", "2x64x28x28", "2x128x14x14"))
     assert "A training step of (2, 1, 28, 28) in bfloat16" in out
+    assert "Gram-folded" in out and "for bf16 activations" in out.splitlines()[0]
+
+
+def test_a_reader_that_has_read_enough_ends_a_command_in_silence():
+    command = f"{sys.executable} -m fastres explain resnet50 --input 1,3,64,64 | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("The plan of") and done.stderr == ""
 
 
 def test_explain_counts_a_training_step_of_a_batch(capsys):
