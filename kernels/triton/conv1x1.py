@@ -64,7 +64,7 @@ from ._gemm import (
 # of few channels are bound by memory: there several programs fit on an SM, and hide one another's latency.
 _HOPPER = {
     "conv1x1": {
-        64: (Tile(128, 64, 64, 1, 4, 3), Tile(64, 64, 64, 1, 4, 3)),
+        64: (Tile(128, 64, 64, 1, 4, 3), Tile(64, 64, 64, 1, 8, 3)),
         128: (Tile(256, 128, 64, 4, 8, 4), Tile(128, 128, 64, 2, 8, 2)),
     },
     "conv1x1, BN + ReLU on load": {
@@ -86,8 +86,8 @@ _HOPPER = {
 }
 _AMPERE = {
     "conv1x1": {
-        64: (Tile(128, 64, 64, 1, 4, 4), Tile(128, 64, 32, 1, 4, 3)),
-        128: (Tile(128, 128, 64, 2, 8, 4), Tile(128, 128, 32, 2, 8, 3)),
+        64: (Tile(128, 64, 64, 1, 4, 4), Tile(64, 64, 32, 1, 8, 3)),
+        128: (Tile(128, 128, 32, 2, 8, 4), Tile(64, 128, 32, 1, 8, 3)),
     },
     "conv1x1, BN + ReLU on load": {
         64: (Tile(128, 64, 64, 1, 4, 3), Tile(128, 64, 32, 1, 4, 3)),
@@ -102,11 +102,18 @@ _AMPERE = {
         128: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3)),
     },
     "conv1x1_bwd": {
-        64: (Tile(64, 64, 64, 1, 4, 2), Tile(32, 64, 64, 1, 4, 2)),
+        64: (Tile(64, 64, 64, 1, 4, 2), Tile(64, 32, 64, 1, 4, 2)),
         128: (Tile(64, 64, 128, 1, 8, 2), Tile(32, 64, 128, 1, 8, 2)),
     },
 }
-CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
+# What spills there, in smaller tiles.
+_BLACKWELL = _HOPPER | {
+    "conv1x1_bwd": {
+        64: _HOPPER["conv1x1_bwd"][64],
+        128: (Tile(64, 64, 128, 1, 8, 2), Tile(64, 32, 128, 1, 8, 2)),
+    }
+}
+CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 """By part, form and width."""
 
 _SIZES = ["M", "c_units", "k_units", "H", "W", "HO", "WO"]

@@ -92,7 +92,11 @@ _AMPERE = {
         256: (Tile(128, 128, 32, 2, 8, 3), Tile(64, 64, 32, 1, 4, 3)),
     },
 }
-CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
+# What spills there, in smaller tiles.
+_BLACKWELL = _HOPPER | {
+    "expand_wgrad": _HOPPER["expand_wgrad"] | {64: (Tile(64, 128, 64, 1, 8, 3), Tile(64, 128, 64, 1, 4, 2))}
+}
+CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 """By part, form and width."""
 
 RESIDENT_CHANNELS = 128

@@ -111,7 +111,7 @@ def _centred_activation(y, live, bn, pivot, c, K, PIVOT: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "k_units", "splits"])
 def _gram_kernel(
     y, bn, partials, totals, M, k_units, splits,
-    K_UNIT: tl.constexpr, PIVOT: tl.constexpr, TMA: tl.constexpr,
+    K_UNIT: tl.constexpr, PIVOT: tl.constexpr, ONE_TILE: tl.constexpr, TMA: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     K = k_units * K_UNIT
@@ -125,21 +125,16 @@ def _gram_kernel(
     second_pivot = _pivot(bn, second, K, PIVOT)
     acc = tl.zeros((PIXELS, CHANNELS), tl.float32)
     total = tl.zeros((PIXELS,), tl.float32)
-    if i == j:
-        for step in tl.range(split, tl.cdiv(M, DEPTH), splits, num_stages=STAGES):
-            live = (tl.arange(0, DEPTH) < M - step * DEPTH)[:, None]
-            tile = load_tile(y, step * DEPTH, i * PIXELS, M, K, DEPTH, PIXELS, TMA)
-            a = _centred_activation(tile, live, bn, first_pivot, first, K, PIVOT)
-            total += tl.sum(a.to(tl.float32), 0)
-            acc = tl.dot(a.T, a, acc, input_precision="ieee")
-    else:
-        for step in tl.range(split, tl.cdiv(M, DEPTH), splits, num_stages=STAGES):
-            live = (tl.arange(0, DEPTH) < M - step * DEPTH)[:, None]
-            tile = load_tile(y, step * DEPTH, i * PIXELS, M, K, DEPTH, PIXELS, TMA)
-            a = _centred_activation(tile, live, bn, first_pivot, first, K, PIVOT)
+    for step in tl.range(split, tl.cdiv(M, DEPTH), splits, num_stages=STAGES):
+        live = (tl.arange(0, DEPTH) < M - step * DEPTH)[:, None]
+        tile = load_tile(y, step * DEPTH, i * PIXELS, M, K, DEPTH, PIXELS, TMA)
+        a = _centred_activation(tile, live, bn, first_pivot, first, K, PIVOT)
+        total += tl.sum(a.to(tl.float32), 0)
+        b = a
+        if not ONE_TILE:
             tile = load_tile(y, step * DEPTH, j * CHANNELS, M, K, DEPTH, CHANNELS, TMA)
             b = _centred_activation(tile, live, bn, second_pivot, second, K, PIVOT)
-            acc = tl.dot(a.T, b, acc, input_precision="ieee")
+        acc = tl.dot(a.T, b, acc, input_precision="ieee")
     r = tl.arange(0, PIXELS)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     tl.store(partials + tl.cast(tl.program_id(0), tl.int64) * PIXELS * CHANNELS + r, acc)
     if i == j:
@@ -402,6 +397,9 @@ def gram(y: Tensor, bn: Tensor) -> Gram:
 
     def launch(tile: Tile):
         side = ceil_div(k, tile.channels)
+        # Where all channels fit into one block. The blocks on the diagonal of several are few, and load their tile
+        # twice; so does sm_100, for which Triton 3.6 does not compile a product of a tile with itself.
+        one_tile = side == 1 and part < 100
         blocks = side * (side + 1) // 2
         least = ceil_div(rows, MOST_ROWS)
         splits = split_count(ceil_div(rows, tile.depth), blocks, MULTIPROCESSORS[part], least)
@@ -417,6 +415,7 @@ def gram(y: Tensor, bn: Tensor) -> Gram:
             splits,
             *unit(k),
             pivot,
+            one_tile,
             tma,
             **tile.constants,
         )
