@@ -222,8 +222,9 @@ def test_forms_of_a_gpu_are_exact_in_float64(stride, channels, training, form):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are interpreted where there is no GPU")
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("stride, channels", [(2, 24), (1, 64)])
-def test_a_bottleneck_by_tritons_kernels(stride, channels):
+def test_a_bottleneck_by_tritons_kernels(stride, channels, training):
     """The whole unit in float16 through the interpreter: what one kernel gives the next takes."""
     pytest.importorskip("triton")
     from fastres.kernels import triton
@@ -236,6 +237,7 @@ def test_a_bottleneck_by_tritons_kernels(stride, channels):
         torch.manual_seed(seed)
         shortcut = make_shortcut("B", channels, 64, stride) if stride != 1 else None
         fused = fastres.nn.Bottleneck(channels, 16, stride, shortcut).half().to(memory_format=torch.channels_last)
+        fused.train(training)
         for bn in (module for module in fused.modules() if isinstance(module, nn.BatchNorm2d)):
             bn.float()
         stock = fastres.revert(copy.deepcopy(fused))
