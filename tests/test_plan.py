@@ -1,7 +1,6 @@
 """Which launchers a plan holds."""
 
 import importlib.util
-import json
 import re
 from types import SimpleNamespace
 
@@ -231,13 +230,13 @@ class Watch(TorchDispatchMode):
 
 
 def test_tables_are_found_by_the_gpus_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuned, "_FOLDER", tmp_path)
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     tuned.table.cache_clear()
     device, call = torch.device("cuda", 0), "conv1x1 bfloat16: x 1x1x1x8"
     assert tuned.seconds(device, call) is None and tuned.seconds(CPU, call) is None
-    table = {"gpu": "NVIDIA H200", "conditions": {}, "seconds": {call: {"triton": 1e-5, "library": 2e-5}}}
-    (tmp_path / "nvidia-h200.json").write_text(json.dumps(table))
+    seconds = {call: {"triton": 1e-5, "library": 2e-5}}
+    assert tuned.write("NVIDIA H200", {"torch": "2"}, seconds, tmp_path) == tmp_path / "nvidia-h200.json"
     tuned.table.cache_clear()
     assert tuned.seconds(device, call) == {"triton": 1e-5, "library": 2e-5}
     (tmp_path / "nvidia-h200.json").write_text("{}")

@@ -133,7 +133,7 @@ def experiments(
         whole: whether to time the whole.
         singles: kernels to time one by one; by default all of the case.
     """
-    sets = rotated(case.make(Maker(dtype, device), **sizes), _cache(device))
+    sets = rotated(case.make(Maker(dtype, device), **sizes), cache_of(device))
     verdict = functools.cache(
         lambda name: judge_case(
             case, launchers(name), sets[0], sizes["n"], lambda n: case.make(Maker(dtype, device), **{**sizes, "n": n})
@@ -147,12 +147,12 @@ def experiments(
         """ours: makes of the launchers what is called with each of `items` in turn."""
         variants = {
             f"fastres {backend}": _variant(
-                _over(items, ours(launchers(backend))), work, backend, functools.partial(verdict, backend)
+                over(items, ours(launchers(backend))), work, backend, functools.partial(verdict, backend)
             )
             for backend in namespaces(kernels, dtype, device)
         }
         if baseline is not None:
-            variants["eager"] = _variant(_over(sets, baseline), least_work(baseline, sets[0], work))
+            variants["eager"] = _variant(over(sets, baseline), least_work(baseline, sets[0], work))
         return Experiment(
             "kernels",
             name,
@@ -204,12 +204,12 @@ def rotated(t: Inputs, cache: int) -> list[Inputs]:
     return [t, *(cases.copied(t) for _ in range(min(math.ceil(4 * cache / size), _SETS) - 1))]
 
 
-def _cache(device: torch.device) -> int:
+def cache_of(device: torch.device) -> int:
     """Bytes of the L2; a CPU's caches are left as they are."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
-def _over(items: Sequence, call: Callable[[object], object]) -> Callable[[], object]:
+def over(items: Sequence, call: Callable[[object], object]) -> Callable[[], object]:
     """Calls with one item after the other, and again from the first."""
     turn = itertools.cycle(items)
     return lambda: call(next(turn))

@@ -6,7 +6,7 @@ the median seconds by namespace of `fastres.kernels`:
 
     {"gpu": "NVIDIA H200", "conditions": {...}, "seconds": {"conv1x1 ...": {"triton": 1.2e-4, "library": 1.5e-4}}}
 
-No table is shipped yet: nothing was measured.
+`benchmarks/tune.py` writes them. No table is shipped yet: nothing was measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 
-_FOLDER = Path(__file__).parent
+from fastres.files import write_text
+
+FOLDER = Path(__file__).parent
 
 
 def seconds(device: torch.device, label: str) -> dict[str, float] | None:
@@ -31,10 +33,22 @@ def seconds(device: torch.device, label: str) -> dict[str, float] | None:
 @functools.cache
 def table(gpu: str) -> dict[str, dict[str, float]]:
     """The seconds of a GPU's table by call, empty where there is no table for it. ValueError for a damaged one."""
-    file = _FOLDER / f"{re.sub('[^a-z0-9]+', '-', gpu.lower())}.json"
+    file = FOLDER / _file_name(gpu)
     if not file.exists():
         return {}
     try:
         return json.loads(file.read_text())["seconds"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a table of measured seconds ({error!r}): install fastres again") from error
+
+
+def write(gpu: str, conditions: dict[str, str], seconds: dict[str, dict[str, float]], folder: Path = FOLDER) -> Path:
+    """Write a GPU's table, in place of an older one; returns the file."""
+    file = folder / _file_name(gpu)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps({"gpu": gpu, "conditions": conditions, "seconds": seconds}, indent=1) + "\n")
+    return file
+
+
+def _file_name(gpu: str) -> str:
+    return f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"

@@ -127,7 +127,7 @@ def test_inputs_are_rotated_past_the_cache():
 
 def test_calls_go_through_the_sets_in_turn():
     seen = []
-    call = kernels._over("abc", seen.append)
+    call = kernels.over("abc", seen.append)
     for _ in range(7):
         call()
     assert seen == list("abcabca")
@@ -151,7 +151,7 @@ def test_a_gpus_settings_work_with_events(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**14))
     monkeypatch.setattr(kernels, "SETTINGS", {"cpu": GPU_SETTINGS})
-    monkeypatch.setattr(kernels, "_cache", lambda device: 2**14)
+    monkeypatch.setattr(kernels, "cache_of", lambda device: 2**14)
     (wanted,) = experiments("bn_act, shortcut identity, ReLU")
     assert wanted.cycle > 1
     report = experiment.run(wanted, timing.CudaClock(CPU), lambda: 1e9)
