@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         epilog="example: python benchmarks/tune.py --model resnet50 wide_resnet50_2 --batch 256 64",
     )
-    parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="MODEL", help="default: resnet50")
+    parser.add_argument(
+        "--model", nargs="+", default=["resnet50", "resnet18"], metavar="MODEL", help="default: resnet50 resnet18"
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[256], metavar="N", help="images; default: 256")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
     parser.add_argument(
