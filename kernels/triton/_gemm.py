@@ -12,7 +12,8 @@ and channels past the end read as zero and are not written, in both forms.
 
 **Tiles.** Of every kernel and class of widths there is one preferred tile and one behind it, of fewer registers (below
 200) and less shared memory (a compute capability of 8.6 or 8.9 has 99 KiB). `choose` takes the second where the first
-does not fit the GPU, or spills registers with the installed Triton.
+does not fit the GPU, or spills registers with the installed Triton: that shows once it is loaded, so its first launch
+stands, and the order of sums is that of the second tile from the next launch on.
 """
 
 from __future__ import annotations
