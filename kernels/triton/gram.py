@@ -66,13 +66,13 @@ from .batch_norm import check_running, move_running, store_bn
 _HOPPER = {
     "gram": {
         64: (Tile(64, 64, 64, 1, 4, 4), Tile(64, 64, 64, 1, 4, 3)),
-        128: (Tile(128, 128, 64, 1, 8, 4), Tile(128, 128, 64, 1, 8, 3)),
+        128: (Tile(128, 128, 64, 1, 8, 4), Tile(64, 64, 64, 1, 4, 3)),
     }
 }
 _AMPERE = {
     "gram": {
         64: (Tile(64, 64, 64, 1, 4, 4), Tile(64, 64, 32, 1, 4, 3)),
-        128: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 32, 1, 8, 3)),
+        128: (Tile(128, 128, 64, 1, 8, 3), Tile(64, 64, 32, 1, 4, 3)),
     }
 }
 CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
