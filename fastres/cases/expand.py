@@ -70,7 +70,7 @@ def _run(constant, stride=None):
             out = k.expand(y, bn, t["conv_weight"], out_bn, t["x"], **projection)
             p, sum_g, g, p_x = k.expand_wgrad(t["g"], out, y, bn, x=t["x"], stride=stride)
         small = p, sum_g, t["conv_weight"], out_bn, count, mean, scatter
-        dw, grad, u, v, offset, v_scale, d = k.gram_bwd(*small, diagonal=True)
+        dw, grad, u, v, offset, v_scale, d = k.gram_bwd(*small)
         dz, sums = k.expand_dgrad(g, u, v, offset, y, bn, v_scale, d)
         return {
             "out": out,

@@ -40,8 +40,8 @@ def _run(stride, constant):
             bn, mean, scatter = k.gram_finalize(moments, count, w, *affine, *running, None, 0.1, EPS)
         out = k.projection_fprop(x, w, bn, stride)
         p, sum_g = k.projection_wgrad(g, x, stride)
-        dw, grad, u, v, offset, v_scale, _ = k.gram_bwd(p, sum_g, w, bn, count, mean, scatter)
-        k.projection_dgrad(t["dx"], g, x, u, v, offset, stride, v_scale=v_scale)
+        dw, grad, u, v, offset, v_scale, d = k.gram_bwd(p, sum_g, w, bn, count, mean, scatter)
+        k.projection_dgrad(t["dx"], g, x, u, v, offset, stride, v_scale=v_scale, d=d)
         return {
             "out": out,
             "running_mean": t["running_mean"],
@@ -107,8 +107,8 @@ def _make_between(f: Maker, n, h, w, c, k):
 def _run_between(k, t):
     x, g, w, bn, out = t["x"], t["g"], t["conv_weight"], t["bn"], t["out"]
     p, sum_g = k.projection_wgrad(g, x, 2, out)
-    dw, grad, u, v, offset, v_scale, _ = k.gram_bwd(p, sum_g, w, bn, g.shape[:3].numel())
-    k.projection_dgrad(t["dx"], g, x, u, v, offset, 2, out, relu=True, v_scale=v_scale)
+    dw, grad, u, v, offset, v_scale, d = k.gram_bwd(p, sum_g, w, bn, g.shape[:3].numel())
+    k.projection_dgrad(t["dx"], g, x, u, v, offset, 2, out, relu=True, v_scale=v_scale, d=d)
     dx = t["dx"][:, ::2, ::2]
     forward = k.projection_fprop(x, w, bn, 2, t["residual"], relu=True)
     return {"out": forward, "dW": dw, "dgamma": grad[0], "dbeta": grad[1], "dx": dx}

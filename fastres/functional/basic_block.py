@@ -86,9 +86,9 @@ def _backward(
             p, _ = k.projection_wgrad(g, x, stride, with_sum=False)
             # dbeta of the main branch: both batch norms end at the same ReLU and share g and its sum.
             small = p, grad2[1], weight, projection.bn, rows2, *projection.moments
-            dw_p, grad_p, u, v, c, v_scale, _ = k.gram_bwd(*small)
+            dw_p, grad_p, u, v, c, v_scale, d = k.gram_bwd(*small)
             if need_x:
-                k.projection_dgrad(dx, g, x, u, v, c, stride, v_scale=v_scale)
+                k.projection_dgrad(dx, g, x, u, v, c, stride, v_scale=v_scale, d=d)
         weights, grads = [*weights, dw_p], [*grads, grad_p]
     return Gradients(dx, g if need_shortcut else None, weights, grads)
 

@@ -87,7 +87,7 @@ def _backward(
         of_x = {"x": x, "stride": projection.conv.stride}
     p, sum_g, g, p_x = k.expand_wgrad(g, out, y2, bn2, **of_x)
     small = p, sum_g, third.conv.weight, third.bn, rows2, *third.moments
-    dw3, grad3, u, v, c, v_scale, d = k.gram_bwd(*small, diagonal=True)
+    dw3, grad3, u, v, c, v_scale, d = k.gram_bwd(*small)
     if need_2:
         g2, sums = k.expand_dgrad(g, u, v, c, y2, bn2, v_scale, d)
         grad2 = k.bn_bwd_finalize(sums, bn2, rows2 if second.batch_stats else None)
@@ -157,9 +157,9 @@ def _folded_projection(
     if p_x is None:
         return dx, None, None
     conv, rows = projection.conv, g.shape[:3].numel()
-    dw, grad, u, v, c, v_scale, _ = k.gram_bwd(p_x, sum_g, conv.weight, projection.bn, rows, *projection.moments)
+    dw, grad, u, v, c, v_scale, d = k.gram_bwd(p_x, sum_g, conv.weight, projection.bn, rows, *projection.moments)
     if need_x:
-        k.projection_dgrad(dx, g, x, u, v, c, conv.stride, v_scale=v_scale)
+        k.projection_dgrad(dx, g, x, u, v, c, conv.stride, v_scale=v_scale, d=d)
     return dx, dw, grad
 
 

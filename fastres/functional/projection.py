@@ -65,10 +65,10 @@ def _backward(
     dx = dw = grad = None
     if y is None:
         p, sum_g = k.projection_wgrad(g, x, stride)
-        dw, grad, u, v, c, v_scale, _ = k.gram_bwd(p, sum_g, w, bn, rows, mean, scatter)
+        dw, grad, u, v, c, v_scale, d = k.gram_bwd(p, sum_g, w, bn, rows, mean, scatter)
         if need_x:
             dx = torch.zeros_like(x)
-            k.projection_dgrad(dx, g, x, u, v, c, stride, v_scale=v_scale)
+            k.projection_dgrad(dx, g, x, u, v, c, stride, v_scale=v_scale, d=d)
     else:
         if need_bn or batch_stats:
             grad = k.bn_bwd_finalize(k.bn_bwd_reduce(g, y, bn)[0], bn, rows if batch_stats else None)

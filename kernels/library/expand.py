@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..reference._common import acc, acc_dtype, rows
+from ..reference._common import acc_dtype, rows, scaled
 from ._common import activation, affine, bn_sums, masked, matmul_acc
 from .conv1x1 import conv1x1, conv1x1_wgrad
 
@@ -41,16 +41,25 @@ def expand_wgrad(
 
 
 def input_grad(
-    g: Tensor, a: Tensor, u: Tensor, v: Tensor | None, k: Tensor | None, v_scale: Tensor | None = None
+    g: Tensor,
+    a: Tensor,
+    u: Tensor,
+    v: Tensor | None,
+    k: Tensor | None,
+    v_scale: Tensor | None = None,
+    d: Tensor | None = None,
 ) -> Tensor:
-    """g u + v_scale*(a v) + k of rows g `[M, C]` and a `[M, K]`, in g's dtype; v and k may be None."""
-    da = g @ u
-    if v is not None and v_scale is None:
+    """g u + v_scale*(a v) + d*a + k of rows g `[M, C]` and a `[M, K]`, in g's dtype; all but u may be None."""
+    # In acc to the end: the terms may cancel, as where g goes along with the output, and leave the roundings of each.
+    da = matmul_acc(g, u)
+    if v is not None and v.dtype == da.dtype:
         da.addmm_(a, v)
-    elif v is not None:  # float16, in which v underflows, and a times the scaled v may overflow
-        da = da + acc(a) @ (acc(v) * v_scale)
-    if k is not None:  # as it is: rounded to g's dtype, it would be off by the same at every pixel
-        da.add_(k)
+    elif v is not None:
+        da += scaled(matmul_acc(a, v), v_scale)
+    if d is not None:
+        da.addcmul_(a, d)
+    if k is not None:
+        da += k
     return da.to(g.dtype)
 
 
@@ -66,8 +75,6 @@ def expand_dgrad(
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
     a = activation(y, bn)
-    da = input_grad(rows(g), rows(a), u, v, k if d is None else None, v_scale).view(y.shape)
-    if d is not None:
-        da.add_(affine(a, d, k))
+    da = input_grad(rows(g), rows(a), u, v, k, v_scale, d).view(y.shape)
     g = masked(da, a)
     return g, bn_sums(g, y, bn)

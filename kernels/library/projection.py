@@ -53,12 +53,13 @@ def projection_dgrad(
     out: Tensor | None = None,
     relu: bool = False,
     v_scale: Tensor | None = None,
+    d: Tensor | None = None,
 ) -> None:
     """As the reference."""
     if out is not None:
         g = masked(g, out)
     x = strided_pixels(x, stride)
     pixels = strided_pixels(dx, stride)
-    pixels.add_(input_grad(rows(g), rows(x), u, v, k, v_scale).view(pixels.shape))
+    pixels.add_(input_grad(rows(g), rows(x), u, v, k, v_scale, d).view(pixels.shape))
     if relu:
         pixels.masked_fill_(x <= 0, 0)

@@ -72,8 +72,9 @@ def expand_dgrad(
     """The gradient in front of `bn`: (g u + v_scale*(a v) + d*a + k) masked by the ReLU of a = relu(scale*y + shift),
     and its sums.
 
-    g `[N, H, W, C]` (masked already); u `[C, K]`, v `[K, K]`, k and d `[K]` and v_scale `[]` from `gram_bwd`; y
-    `[N, H, W, K]`. Returns the masked gradient `[N, H, W, K]` and the sums `[P, 2, K]` of `bn_bwd_reduce`.
+    g `[N, H, W, C]` (masked already); u `[C, K]`, v `[K, K]`, k and d `[K]` and v_scale `[]` from `gram_bwd`; without v
+    there is none of the last three; y `[N, H, W, K]`. Returns the masked gradient `[N, H, W, K]` and the sums
+    `[P, 2, K]` of `bn_bwd_reduce`.
     """
     da = acc(g) @ acc(u)
     if v is not None:

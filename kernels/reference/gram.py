@@ -82,7 +82,6 @@ def gram_bwd(
     count: int,
     mean: Tensor | None = None,
     scatter: Tensor | None = None,
-    diagonal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The small-matrix half of the backward of BN(a W^T).
 
@@ -92,9 +91,9 @@ def gram_bwd(
     Returns `(dW, grad, u, v, k, v_scale, d)`: dW `[N, K]` and `grad` `[4, N]` in acc, and the operands of the gradient
     of a, da = g u + v_scale*(a v) + d*a + k: u `[N, K]` and v `[K, K]` in W's dtype, k and d `[K]` in acc. In float16
     v, of the order of dgamma/M, would underflow: there it is multiplied by a power of two, and v_scale, float32 `[]`,
-    undoes that; otherwise v_scale is None, and 1. With `diagonal`, d is v's diagonal, and v has zeros there: rounded,
-    its errors would add up over the pixels (docs/arithmetic.md, "Gram folding"); otherwise d is None. k is formed from
-    the rounded u and v, so that the mean of da is zero to rounding. For constant statistics v, k and d are None.
+    undoes that; otherwise v_scale is None, and 1. k and d make good what rounding u and v would add up to over the
+    pixels: with k the mean of da is zero to acc's rounding, with d sum da*a is what it is without rounding. Where W's
+    dtype is acc's own, d is None. For constant statistics v, k and d are.
     """
     w = acc(conv_weight)
     mean_y, rstd, scale = bn[0], bn[1], bn[2]
@@ -107,11 +106,14 @@ def gram_bwd(
     grad = stack_grad(dgamma, sum_g, mean_y, rstd, count)
     slope = grad[2][:, None]
     dw = scale[:, None] * (centred + slope * small_product(w, scatter))
-    v = small_product(w.T, scale[:, None] * slope * w)
-    d = v.diagonal().clone() if diagonal else None
-    if diagonal:
-        v.fill_diagonal_(0)
-    v, v_scale = scaled_to_float16(v) if conv_weight.dtype == torch.float16 else (v.to(conv_weight.dtype), None)
+    exact = small_product(w.T, scale[:, None] * slope * w)
+    v, v_scale = scaled_to_float16(exact) if u.dtype == torch.float16 else (exact.to(u.dtype), None)
     # Matrix times vector: the other way round is a product of matrices, which might be TF32's.
     k = -(acc(u).T @ (sum_g / count) + scaled(acc(v).T @ mean, v_scale))
-    return dw, grad, u, v, k if d is None else k - d * mean, v_scale, d
+    if u.dtype == w.dtype:
+        return dw, grad, u, v, k, v_scale, None
+    lost = (scale[:, None] * w - acc(u)) * centred, (exact - scaled(acc(v), v_scale)) * scatter
+    variances = scatter.diagonal()
+    d = (lost[0].sum(0) + lost[1].sum(0)) / variances
+    d.masked_fill_(variances <= 0, 0)
+    return dw, grad, u, v, k - d * mean, v_scale, d

@@ -60,16 +60,21 @@ def projection_dgrad(
     out: Tensor | None = None,
     relu: bool = False,
     v_scale: Tensor | None = None,
+    d: Tensor | None = None,
 ) -> None:
-    """Add g' u + v_scale*(x_s v) + k to the strided pixels of dx `[N, H, W, C]`, in place, rounded once to dx's dtype.
+    """Add g' u + v_scale*(x_s v) + d*x_s + k to the strided pixels of dx `[N, H, W, C]`, in place, rounded once to dx's
+    dtype.
 
-    g, g' and out as in `projection_wgrad`; u `[K, C]`, v `[C, C]`, k `[C]` and v_scale `[]` from `gram_bwd` (None for
-    constant statistics, v_scale but for float16). relu: mask these pixels of dx by the ReLU that gave x, for a block
-    before this one that expects its gradient so.
+    g, g' and out as in `projection_wgrad`; u `[K, C]`, v `[C, C]`, k and d `[C]` and v_scale `[]` from `gram_bwd` (None
+    for constant statistics, v_scale but for float16, d but for 16 bits). relu: mask these pixels of dx by the ReLU that
+    gave x, for a block before this one that expects its gradient so.
     """
     added = acc(g if out is None else masked(g, out)) @ acc(u)
+    x_s = acc(strided_pixels(x, stride))
     if v is not None:
-        added += scaled(acc(strided_pixels(x, stride)) @ acc(v), v_scale)
+        added += scaled(x_s @ acc(v), v_scale)
+    if d is not None:
+        added += d * x_s
     if k is not None:
         added += k
     pixels = strided_pixels(dx, stride)

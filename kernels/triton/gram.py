@@ -3,7 +3,7 @@
     gram           sum (a-p)^T (a-p) and sum (a-p) over the pixels, a = relu(scale*y + shift) formed on load
     gram_finalize  the batch norm of a W^T from them: `bn`, running statistics, mean and centred scatter, in two
                    launches
-    gram_bwd       dW, dgamma, dbeta and the operands u, v, k of the gradient of a, in four launches
+    gram_bwd       dW, dgamma, dbeta and the operands u, v, k, d of the gradient of a, in four launches
 
 `fastres.kernels.reference.gram` defines every form; docs/arithmetic.md derives them.
 
@@ -16,7 +16,8 @@ and bfloat16 it is 0: rounding it off the operands would cost more than it saves
 The small products multiply 16-bit weights by float32 matrices as three TF32 products, which keep float32's digits:
 those of W are TF32's already, the other factor is split in two. For float32 activations they are float32's.
 
-Bytes moved: y once for each pair of blocks of 128 channels, and `[K, K]` and `[N, K]` matrices that lie in L2.
+Bytes moved: y once where one block of 128 channels holds all, else twice for each block, and `[K, K]` and `[N, K]`
+matrices that lie in L2.
 
 Not used for float64 (the reference serves it), on CPUs, and below compute capability 8.0.
 
@@ -57,7 +58,6 @@ from ._gemm import (
     precision,
     split_count,
     store_tile,
-    sum_splits,
     unit,
     units,
 )
@@ -249,12 +249,20 @@ def _centred_p(p, sum_g, mean, n, columns, N, K, p_rows, p_columns):
     return value
 
 
+@triton.jit
+def _store_partial(partials, index, of_k, of_d, columns, K):
+    """What one program adds to k and to d's numerator."""
+    at = partials + tl.cast(index, tl.int64) * 2 * K + columns
+    tl.store(at, of_k, mask=columns < K)
+    tl.store(at + K, of_d, mask=columns < K)
+
+
 @triton.jit(do_not_specialize=["n_units", "k_units", "p_rows", "p_columns"])
 def _gram_bwd_vectors_kernel(
-    p, sum_g, conv_weight, bn, mean, grad, u, k_partials, bounds, count, n_units, k_units, p_rows, p_columns,
+    p, sum_g, conv_weight, bn, mean, grad, u, partials, bounds, count, n_units, k_units, p_rows, p_columns,
     N_UNIT: tl.constexpr, K_UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`grad` and u of rows n, and what these add to k and to the bounds of v."""
+    """`grad` and u of rows n, and what these add to k, to d and to the bounds of v."""
     N = n_units * N_UNIT
     K = k_units * K_UNIT
     row = tl.program_id(0) * ROWS
@@ -283,13 +291,16 @@ def _gram_bwd_vectors_kernel(
     for column in tl.range(0, K, COLUMNS, num_stages=STAGES):
         columns = column + tl.arange(0, COLUMNS)
         w = load_tile(conv_weight, row, column, N, K, ROWS, COLUMNS, False).to(tl.float32)
-        rounded = (scale[:, None] * w).to(u.dtype.element_ty)
+        exact = scale[:, None] * w
+        rounded = exact.to(u.dtype.element_ty)
         store_tile(u, rounded, row, column, N, K, ROWS, COLUMNS, False)
         if mean is not None:
-            at = tl.cast(tl.program_id(0), tl.int64) * K + columns
-            of_k = tl.sum(rounded.to(tl.float32) * tl.div_rn(dbeta, count)[:, None], 0)
-            tl.store(k_partials + at, -of_k, mask=columns < K)
+            read = rounded.to(tl.float32)
+            of_k = tl.sum(read * tl.div_rn(dbeta, count)[:, None], 0)
+            centred = _centred_p(p, sum_g, mean, n, columns, N, K, p_rows, p_columns)
+            _store_partial(partials, tl.program_id(0), -of_k, tl.sum((exact - read) * centred, 0), columns, K)
             if bounds is not None:
+                at = tl.cast(tl.program_id(0), tl.int64) * K + columns
                 tl.store(bounds + at, tl.sum(tl.abs(scale * slope)[:, None] * w * w, 0), mask=columns < K)
 
 
@@ -318,11 +329,11 @@ def _gram_bwd_wgrad_kernel(
 
 @triton.jit(do_not_specialize=["n_units", "k_units", "row_programs"])
 def _gram_bwd_square_kernel(
-    conv_weight, bn, grad, mean, bounds, v, v_scale, d, k_partials, n_units, k_units, row_programs,
+    conv_weight, bn, grad, mean, scatter, bounds, v, v_scale, partials, n_units, k_units, row_programs,
     N_UNIT: tl.constexpr, K_UNIT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A block of v = W^T (scale*b*W), and what it adds to k; with d, the diagonal goes there."""
+    """A block of v = W^T (scale*b*W), and what it adds to k and d."""
     N = n_units * N_UNIT
     K = k_units * K_UNIT
     i = tl.program_id(0)
@@ -347,22 +358,39 @@ def _gram_bwd_square_kernel(
         factor = tl.exp2(14.0 - exponent)
         if (i == 0) & (j == 0):
             tl.store(v_scale, tl.exp2(exponent - 14.0))
-    rows = i * COLUMNS + tl.arange(0, COLUMNS)
-    columns = j * COLUMNS + tl.arange(0, COLUMNS)
-    on_diagonal = rows[:, None] == columns[None, :]
-    product = acc
-    if d is not None:
-        acc = tl.where(on_diagonal, 0.0, acc)
     rounded = (acc * factor).to(v.dtype.element_ty)
     store_tile(v, rounded, i * COLUMNS, j * COLUMNS, K, K, COLUMNS, COLUMNS, False)
     read = rounded.to(tl.float32) / factor
-    if d is not None:
-        read = tl.where(on_diagonal, product, read)
-        if i == j:
-            tl.store(d + columns, tl.sum(tl.where(on_diagonal, product, 0.0), 0), mask=columns < K)
+    rows = i * COLUMNS + tl.arange(0, COLUMNS)
+    columns = j * COLUMNS + tl.arange(0, COLUMNS)
     centre = tl.load(mean + rows, mask=rows < K, other=0.0)
     of_k = tl.sum(centre[:, None] * read, 0)
-    tl.store(k_partials + (row_programs + i) * K + columns, -of_k, mask=columns < K)
+    tile = load_tile(scatter, i * COLUMNS, j * COLUMNS, K, K, COLUMNS, COLUMNS, False)
+    _store_partial(partials, row_programs + i, -of_k, tl.sum((acc - read) * tile, 0), columns, K)
+
+
+@triton.jit(do_not_specialize=["count", "k_units"])
+def _gram_bwd_offsets_kernel(
+    partials, mean, scatter, k, d, count, k_units,
+    K_UNIT: tl.constexpr, PARTIALS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """k and d from the partials of both, `[count, 2, K]`."""
+    K = k_units * K_UNIT
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    of_k = tl.zeros((COLUMNS,), tl.float32)
+    of_d = tl.zeros((COLUMNS,), tl.float32)
+    for step in tl.range(0, tl.cdiv(count, PARTIALS), num_stages=STAGES):
+        first = step * PARTIALS + tl.arange(0, PARTIALS)
+        inside = (first < count)[:, None] & (columns < K)[None, :]
+        at = partials + tl.cast(first, tl.int64)[:, None] * 2 * K + columns[None, :]
+        of_k += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+        of_d += tl.sum(tl.load(at + K, mask=inside, other=0.0), 0)
+    if d is not None:
+        variance = tl.load(scatter + tl.cast(columns, tl.int64) * (K + 1), mask=columns < K, other=0.0)
+        slope = tl.where(variance <= 0, 0.0, tl.div_rn(of_d, tl.where(variance <= 0, 1.0, variance)))
+        tl.store(d + columns, slope, mask=columns < K)
+        of_k -= slope * tl.load(mean + columns, mask=columns < K, other=0.0)
+    tl.store(k + columns, of_k, mask=columns < K)
 
 
 class SmallTile(NamedTuple):
@@ -512,7 +540,6 @@ def gram_bwd(
     count: int,
     mean: Tensor | None = None,
     scatter: Tensor | None = None,
-    diagonal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dW, `grad`, u, v, k, v_scale and d in four launches, or in two for constant statistics. See the reference.
 
@@ -538,11 +565,10 @@ def gram_bwd(
     )
     small, rows = SMALL[conv_weight.dtype == torch.float32], float(count)
     programs, blocks = ceil_div(n, small.rows), ceil_div(k, small.columns)
-    k_partials = bounds = v = v_scale = d = None
+    partials = bounds = v = v_scale = None
     if scatter is not None:
-        k_partials = torch.empty(programs + blocks, k, dtype=torch.float32, device=device)
+        partials = torch.empty(programs + blocks, 2, k, dtype=torch.float32, device=device)
         v = torch.empty(k, k, dtype=conv_weight.dtype, device=device)
-        d = torch.empty_like(mean) if diagonal else None
         if conv_weight.dtype == torch.float16:
             bounds = torch.empty(programs, k, dtype=torch.float32, device=device)
             v_scale = torch.empty((), dtype=torch.float32, device=device)
@@ -550,7 +576,7 @@ def gram_bwd(
     sizes = *units(n, k), *p.stride(), *unit(n, k)
     with on_device(device):
         _gram_bwd_vectors_kernel[(programs,)](
-            p, sum_g, conv_weight, bn, mean, grad, u, k_partials, bounds, rows, *sizes, *tile, num_warps=small.num_warps
+            p, sum_g, conv_weight, bn, mean, grad, u, partials, bounds, rows, *sizes, *tile, num_warps=small.num_warps
         )
         _gram_bwd_wgrad_kernel[(programs, blocks)](
             p,
@@ -573,11 +599,11 @@ def gram_bwd(
             bn,
             grad,
             mean,
+            scatter,
             bounds,
             v,
             v_scale,
-            d,
-            k_partials,
+            partials,
             *units(n, k),
             programs,
             *unit(n, k),
@@ -585,4 +611,9 @@ def gram_bwd(
             *tile,
             num_warps=small.num_warps,
         )
-    return dw, grad, u, v, sum_splits(k_partials), v_scale, d
+        offset, d = torch.empty_like(mean), None if conv_weight.dtype == torch.float32 else torch.empty_like(mean)
+        block = 128  # a value per thread
+        _gram_bwd_offsets_kernel[(ceil_div(k, block),)](
+            partials, mean, scatter, offset, d, programs + blocks, *units(k), *unit(k), 8, block, 3, num_warps=4
+        )
+    return dw, grad, u, v, offset, v_scale, d

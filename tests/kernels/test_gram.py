@@ -46,34 +46,46 @@ def inputs(dtype, device="cpu", spread=1.0):
     return a, g, weight, reference.gram_finalize(moments, ROWS, weight, gamma, beta, None, None, None, 0.1, 1e-5)
 
 
-def backward(dtype, spread=1.0, diagonal=False):
-    a, g, weight, (bn, mean, scatter) = inputs(dtype, spread=spread)
-    p, sum_g = reference.projection_wgrad(g, a, 1)
-    return a, g, reference.gram_bwd(p, sum_g, weight, bn, ROWS, mean, scatter, diagonal)
-
-
-@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("namespace", ["reference", "triton"])
 @pytest.mark.parametrize("spread", [1.0, 1e-4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_mean_of_the_inputs_gradient_is_zero_to_float32s_rounding(dtype, spread, diagonal):
-    """As the operands are that a product reads: in float16, v times a power of two."""
-    a, g, (_, _, u, v, k, v_scale, d) = backward(dtype, spread, diagonal)
+def test_the_inputs_gradient_has_the_sums_that_it_has_without_rounding(dtype, spread, namespace, k, device):
+    """Its mean is zero, and sum da*a what exact weights give, to float32's rounding; the operands as a product reads
+    them: in float16, v times a power of two. A constant channel of a has no part in it.
+    """
+    if namespace == "triton" and dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+    a, g, weight, (bn, mean, scatter) = inputs(dtype, device, spread)
+    scatter[3], scatter[:, 3] = 0, 0
+    p, sum_g = reference.projection_wgrad(g, a, 1)
+    gram_bwd = {"reference": reference, "triton": k}[namespace].gram_bwd
+    dw, _, u, v, k, v_scale, d = gram_bwd(p, sum_g, weight, bn, ROWS, mean, scatter)
     assert u.dtype == v.dtype == dtype
     if dtype == torch.float16:
         v = v.float() * v_scale
         assert spread == 1 or not torch.equal(v.half().float(), v)
     else:
         assert v_scale is None
-    if diagonal:
-        assert d.dtype == torch.float32 and not v.diagonal().any()
-        v = v.double() + d.double().diag()
-    else:
-        assert d is None and v.diagonal().all()
     mean_g, mean_a = (t.double().flatten(0, 2).mean(0) for t in (g, a))
-    terms = mean_g.abs() @ u.double().abs() + mean_a.abs() @ v.double().abs()
-    error = (mean_g @ u.double() + mean_a @ v.double() + k.double()).abs()
+    u, v, k, wide = u.double(), v.double(), k.double(), weight.double()
+    if dtype == torch.float32:
+        assert d is None
+        d = torch.zeros(K, device=device)
+    assert d.dtype == torch.float32 and d[3] == 0
+    d = d.double()
+    terms = mean_g.abs() @ u.abs() + mean_a.abs() @ v.abs() + mean_a * d.abs()
+    error = (mean_g @ u + mean_a @ v + mean_a * d + k).abs()
     # Roundings of the two means, of both products and of k.
-    assert (error <= (2 * ROWS + N + K + 4) * 2.0**-24 * terms).all()
+    assert (error <= (2 * ROWS + N + K + 6) * 2.0**-24 * terms).all()
+
+    centred = p.double() - torch.outer(sum_g.double(), mean.double())
+    found = (u * centred).sum(0) + (v * scatter.double()).sum(0) + d * scatter.double().diagonal()
+    terms = (u * centred).abs().sum(0) + (v * scatter).abs().sum(0) + (wide * dw).abs().sum(0)
+    error = (found - (wide * dw.double()).sum(0)).abs()
+    error[3] = 0
+    assert (error <= (2 * N + 2 * K + 8) * 2.0**-24 * terms).all()
+    if dtype != torch.float32:
+        assert (error < (d * scatter.double().diagonal()).abs().clamp(min=2.0**-20 * terms)).all(), "d makes no odds"
 
 
 @pytest.mark.parametrize("largest", [1e-40, 1e-30, 1e-7, 1.0, 7e4, 3e38])
@@ -137,4 +149,5 @@ def test_tf32_changes_nothing(monkeypatch):
         p, sum_g = (torch.ones(size, device="cuda") / 3 for size in ((N, K), (N,)))
         found.append((*finalized, *reference.gram_bwd(p, sum_g, weight, bn, ROWS, mean, scatter)))
     # The Gram matrix itself is a product of activations.
-    assert all(torch.equal(exact, fast) for exact, fast in list(zip(*found, strict=True))[3:])
+    pairs = [pair for pair in list(zip(*found, strict=True))[3:] if pair[0] is not None]
+    assert pairs and all(torch.equal(exact, fast) for exact, fast in pairs)
