@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import select
 import sys
 
 from .parts import PARTS
@@ -10,6 +11,8 @@ from .train import options
 from .train.errors import UserError
 
 PROGRAM = "python -m fastres"
+
+_STDOUT = 1  # its descriptor
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,15 +26,28 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"{PROGRAM} {arguments.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read this has read enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
         return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether whoever read stdout has read enough, as `| head` does; then what is still to be written goes nowhere."""
+    poll = select.poll()
+    poll.register(_STDOUT, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+    return True
 
 
 class _Parser(argparse.ArgumentParser):

@@ -20,8 +20,8 @@ class Row(NamedTuple):
     path: in the model, "" for the model itself. unit: the function of `fastres.functional` that it is. status: "fused";
     "partly", where the shortcut runs as its own module beside the fused rest; "stock", where the children run one by
     one. input: shape of its input, where `explain` was given one. backend: what was asked for, and the kernel
-    namespaces that serve it for the dtype and device. form: of a fused block, what is Gram-folded and what is stored,
-    and why. reason: why not fused, or not wholly.
+    namespaces that serve it for the dtype and device that was planned for. form: of a fused block, what is Gram-folded
+    and what is stored, and why. reason: why not fused, or not wholly.
     """
 
     path: str

@@ -144,24 +144,23 @@ def form_of_block(
 ) -> str:
     """The form of the block for which `resolve_block` takes these arguments, in words, with the reason for it."""
     k = resolve_block(dtype, device, backend, first, last, projection)
-    one_pass = origin(k.expand) == "triton"
     costs = "{} channels would cost more products than it saves bytes (modelled)"
     if last is None:
         return "convs stored" + (", projection Gram-folded" if k.gram_folding and projection is not None else "")
     if not k.gram_folding:
-        why = costs.format(f"folding {last[0]}") if one_pass else f"Triton does not run its products in {_name(dtype)}"
-        return f"convs stored: {why}"
+        if origin(k.expand) == "triton":
+            return f"convs stored: {costs.format(f'folding {last[0]}')}"
+        float32 = dtype == torch.float32 and requested(backend) == "auto"
+        return "convs stored: " + (
+            "products of float32 are the library's" if float32 else "Triton's kernels do not run"
+        )
     if projection is None:
         return "Gram-folded"
     if k.fold_projection:
         return "Gram-folded, projection too"
-    if origin(k.projection_conv) != "projection":
-        return "Gram-folded, projection stored: the projection extension has no kernels for it here"
-    return f"Gram-folded, projection stored: {costs.format(f'folding its {projection[0]}')}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    if origin(k.projection_conv) == "projection":
+        return f"Gram-folded, projection stored: {costs.format(f'folding its {projection[0]}')}"
+    return "Gram-folded, projection stored: the projection extension does not run"
 
 
 def resolve_projection(x: Tensor, output_shape: tuple[int, ...], backend: str = "auto") -> SimpleNamespace:

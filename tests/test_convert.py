@@ -291,7 +291,7 @@ def test_explain_tells_the_form_of_a_block_and_why():
     on_gpu = [row.form for row in fastres.explain(model, dtype=torch.bfloat16, device="meta").rows]
     assert on_gpu[0].startswith("Gram-folded, projection stored: ") and on_gpu[1:] == ["Gram-folded", ""]
     in_float32 = [row.form for row in fastres.explain(model, device="meta").rows]
-    assert in_float32[:2] == ["convs stored: Triton does not run its products in float32"] * 2
+    assert in_float32[:2] == ["convs stored: products of float32 are the library's"] * 2
     model[0].downsample[1].register_forward_hook(hook)
     assert fastres.explain(model).rows[0].form == "Gram-folded", "the shortcut runs by itself"
 

@@ -147,10 +147,10 @@ COSTS = "{} channels would cost more products than it saves bytes (modelled)"
             (64, 256),
             (64, 256),
             False,
-            "Gram-folded, projection stored: the projection extension has no",
+            "Gram-folded, projection stored: the projection extension does not run",
         ),
         (torch.bfloat16, (1024, 2048), None, True, f"convs stored: {COSTS}"),
-        (torch.float32, (64, 256), None, True, "convs stored: Triton does not run its products in float32"),
+        (torch.float32, (64, 256), None, True, "convs stored: products of float32 are the library's"),
         (torch.float64, (64, 256), (64, 256), True, "Gram-folded, projection too"),
         (torch.bfloat16, None, (64, 128), True, "convs stored"),
         (torch.float64, None, (64, 128), True, "convs stored, projection Gram-folded"),
@@ -159,6 +159,11 @@ COSTS = "{} channels would cost more products than it saves bytes (modelled)"
 def test_the_form_of_a_block_in_words(dtype, last, projection, extension, form, monkeypatch):
     monkeypatch.setattr(plan, "_extension_on_gpu", lambda dtype, device_type: extension)
     words = plan.form_of_block(dtype, META, "auto", 64, last, projection)
+    if "extension does" in form or form == "Gram-folded, projection too":
+        by_triton = plan.form_of_block(torch.bfloat16, META, "triton", 64, last, projection)
+        assert by_triton == "Gram-folded, projection stored: the projection extension does not run"
+    by_library = plan.form_of_block(torch.bfloat16, META, "library", 64, last, projection)
+    assert by_library == ("convs stored" if last is None else "convs stored: Triton's kernels do not run")
     counted = f"folding {last[0]}" if last and "convs" in form else f"folding its {(projection or (0,))[0]}"
     assert words.startswith(form.format(counted))
 

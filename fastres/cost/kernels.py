@@ -95,7 +95,7 @@ def _small_matrices(t: Arguments, result: object) -> int:
 
 
 def _input_grad(t: Arguments, rows: int) -> int:
-    """g u + a v + k."""
+    """g u + a v + d*a + k."""
     return 2 * rows * (t["u"].numel() + (0 if t["v"] is None else t["v"].numel()))
 
 

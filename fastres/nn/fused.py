@@ -37,8 +37,8 @@ class FusedModule:
         return None
 
     def form(self, dtype: torch.dtype, device: torch.device) -> str:
-        """What of the unit is stored and what is Gram-folded for activations like these, and why; "" where there is but
-        one form. Raises RuntimeError where its backend cannot run there.
+        """What of the unit is stored and what is Gram-folded for activations like these, and why; "" where that is not
+        decided by them alone. Raises RuntimeError where its backend cannot run there.
         """
         return ""
 

@@ -9,7 +9,7 @@ from .batch_norm import ChannelStats, channel_stats
 from .conv2d import Pair
 
 ONE_PASS_CHANNELS = 128
-"""Output channels up to which `conv1x1_bwd` can be one pass: a tile of that many holds all of dy's."""
+"""Output channels up to which `conv1x1_bwd` is one pass on a GPU: a tile has to hold all of dy's."""
 
 
 def conv1x1(

@@ -93,7 +93,7 @@ def choices(
     return widths[next((limit for limit in widths if channels <= limit), max(widths))]
 
 
-def choose(kernel: str, tiles: Choices, like: Tensor, launch: Callable[[Tile], tuple[Result, object]]) -> Result:
+def choose(form: str, tiles: Choices, like: Tensor, launch: Callable[[Tile], tuple[Result, object]]) -> Result:
     """Launch with the first tile that fits the GPU of `like` and spills no registers there.
 
     launch: given a tile, launches and returns a result and what Triton gave for the launch. A tile that spills is
@@ -103,7 +103,7 @@ def choose(kernel: str, tiles: Choices, like: Tensor, launch: Callable[[Tile], t
     with on_device(like.device):
         while True:
             tile = remaining.pop(0)
-            key = kernel, like.device, like.dtype, tile
+            key = form, like.device, like.dtype, tile
             if remaining and key in _rejected:
                 continue
             try:

@@ -330,7 +330,7 @@ def conv1x1(
         return ChannelStats(count, mean, m2) if with_stats else None, compiled
 
     form = "conv1x1" if bn is None else "conv1x1, BN + ReLU on load"
-    return y, choose("conv1x1", choices(CONFIGS, form, x, k, tma), x, launch)
+    return y, choose(form, choices(CONFIGS, form, x, k, tma), x, launch)
 
 
 def conv1x1_dgrad(

@@ -366,11 +366,9 @@ def expand(
         )
         return out, compiled
 
-    if shortcut_weight is not None:
-        return choose(kernel, choices(CONFIGS, "expand, project", y, k, tma), y, launch)
-    if k <= RESIDENT_CHANNELS and y.dtype != torch.float32:
-        return choose(kernel, choices(CONFIGS, "expand, resident", y, k, tma), y, launch_resident)
-    return choose(kernel, choices(CONFIGS, "expand", y, k, tma), y, launch)
+    resident = shortcut_weight is None and k <= RESIDENT_CHANNELS and y.dtype != torch.float32
+    form = "expand, project" if shortcut_weight is not None else "expand, resident" if resident else "expand"
+    return choose(form, choices(CONFIGS, form, y, k, tma), y, launch_resident if resident else launch)
 
 
 def expand_wgrad(
@@ -447,6 +445,8 @@ def expand_dgrad(
     check_dense(kernel, (channels, channels), (g.dtype,), g.device, v=v)
     check_dense(kernel, (channels,), (torch.float32,), g.device, k=k, d=d)
     check_dense(kernel, (), (torch.float32,), g.device, v_scale=v_scale)
+    if v is None and not k is d is v_scale is None:
+        raise ValueError("expand_dgrad: k, d and v_scale belong to v: pass it too, or none of them")
     dz = torch.empty_like(y)
     rows = y.shape[:3].numel()
     if dz.numel() == 0:

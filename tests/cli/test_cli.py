@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -53,10 +54,23 @@ def test_explain_follows_an_input_through_the_model(capsys):
     assert "Gram-folded" in out and "for bf16 activations" in out.splitlines()[0]
 
 
-def test_a_reader_that_has_read_enough_ends_a_command_in_silence():
-    command = f"{sys.executable} -m fastres explain resnet50 --input 1,3,64,64 | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.stdout.startswith("The plan of") and done.stderr == ""
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("pipe", ["explain cifar_plain20 | true", "explain resnet50 --input 1,3,64,64 | head -1"])
+def test_a_reader_that_has_read_enough_ends_a_command_in_silence(pipe, unbuffered):
+    """Whether it is gone before the first line or after it."""
+    command = f"set -o pipefail; {sys.executable} -m fastres {pipe}"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_broken_pipe_that_is_not_the_outputs_is_no_silence(monkeypatch, capsys):
+    def broken(arguments):
+        raise BrokenPipeError("a worker died")
+
+    monkeypatch.setattr("fastres.cli._info", broken)
+    with pytest.raises(BrokenPipeError, match="a worker died"):
+        main(["info"])
 
 
 def test_explain_counts_a_training_step_of_a_batch(capsys):
