@@ -16,14 +16,15 @@ from pathlib import Path
 import torch
 
 from fastres import models, tuned
+from fastres.cost.traffic import tensors
 from fastres.measure import conditions, tuning
 from fastres.train.console import counter, print_table
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from fastres.train.engine import DTYPES
+from fastres.train.options import positive
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0; 1 when calls could not be measured; 2 for wrong arguments or where there is no GPU."""
+    """The exit code: 0; 1 when calls failed; 2 for wrong arguments or where there is no GPU."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -40,16 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     device = torch.device("cuda", torch.cuda.current_device())
+    # What counts most first: the budget may not suffice for all.
+    ordered = sorted(wanted.values(), key=lambda choice: -sum(t.nbytes for t in tensors(choice.call.args)))
     with counter("calls timed") as progress:
-        each = _counted(list(wanted.values()), progress)
+        each = _counted(ordered, progress)
         seconds, failures = tuning.measure(each, device, lambda: end - time.monotonic())
-    rows = [[label, *(f"{name} {1e6 * took:.1f} us" for name, took in row.items())] for label, row in seconds.items()]
-    print_table("Seconds of one call", ["call", "", ""], rows)
+    rows = [[label, *(f"{name} {1e6 * took:.1f}" for name, took in row.items())] for label, row in seconds.items()]
+    print_table("Microseconds of one call", ["call", "", ""], rows)
     for label, why in failures.items():
         print(f"not measured: {label}: {why}")
-    facts = conditions.gather(device)
-    for folder in filter(None, (tuned.FOLDER, arguments.out)):
-        print(f"{len(seconds)} calls: {tuned.write(torch.cuda.get_device_name(device), facts, seconds, folder)}")
+    if skipped := len(wanted) - len(seconds) - len(failures):
+        print(f"no time was left for {skipped} of {len(wanted)} calls")
+    if seconds:
+        facts = conditions.gather(device)
+        for folder in filter(None, (tuned.FOLDER, arguments.out)):
+            print(f"{len(seconds)} calls: {tuned.write(torch.cuda.get_device_name(device), facts, seconds, folder)}")
     return int(bool(failures))
 
 
@@ -68,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", nargs="+", default=["resnet50", "resnet18"], metavar="MODEL", help="default: resnet50 resnet18"
     )
-    parser.add_argument("--batch", nargs="+", type=int, default=[256], metavar="N", help="images; default: 256")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[256], metavar="N", help="images; default: 256")
+    parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp16"), default=["bf16"], help="default: bf16")
     parser.add_argument(
         "--time-budget", type=float, default=math.inf, metavar="SECONDS", help="what does not fit is left out"
     )

@@ -22,6 +22,9 @@ from fastres.files import write_text
 
 FOLDER = Path(__file__).parent
 
+VERSIONS = ("torch", "triton", "cuDNN", "driver")
+"""Of a table's conditions, those that all of its calls have in common."""
+
 
 def seconds(device: torch.device, label: str) -> dict[str, float] | None:
     """By namespace, the seconds that a call was measured to take on this GPU; None where it was not."""
@@ -43,10 +46,17 @@ def table(gpu: str) -> dict[str, dict[str, float]]:
 
 
 def write(gpu: str, conditions: dict[str, str], seconds: dict[str, dict[str, float]], folder: Path = FOLDER) -> Path:
-    """Write a GPU's table, in place of an older one; returns the file."""
+    """Write calls into a GPU's table; returns the file. Those that it has already stay, as far as they are not measured
+    anew, where the versions in its conditions (`VERSIONS`) are these; else it starts anew.
+    """
     file = folder / _file_name(gpu)
     folder.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        old = json.loads(file.read_text())
+        if all(old["conditions"].get(name) == conditions.get(name) for name in VERSIONS):
+            seconds = old["seconds"] | seconds
     write_text(file, json.dumps({"gpu": gpu, "conditions": conditions, "seconds": seconds}, indent=1) + "\n")
+    table.cache_clear()
     return file
 
 

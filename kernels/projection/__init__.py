@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..reference._common import acc_dtype, strided_pixels
+from ..reference._common import acc_dtype
 from ..reference.batch_norm import ChannelStats
 from ..reference.gram import Gram
 
@@ -193,15 +193,13 @@ def projection_dgrad(
     hopper: bool = False,
 ) -> None:
     """dx[:, ::stride, ::stride] += g' u + v_scale*(x_s v) + d*x_s + k, in place; summed in acc and rounded once to dx's
-    dtype, where d is given twice: d*x_s is added before, by PyTorch, in a pass of its own.
+    dtype.
 
     dx and x `[N, H, W, C]`, u `[K, C]`, v `[C, C]` or None in x's dtype; k and d `[C]` in acc or None, v_scale `[]` in
     acc or None, which is 1; g and out as in `projection_wgrad`. relu: x is a ReLU's output, and
     what reaches dx[:, ::stride, ::stride] is 0 where x_s <= 0. The other pixels of dx stay as they are.
     """
-    if d is not None:
-        strided_pixels(dx, stride).addcmul_(strided_pixels(x, stride), d)
-    _ops(x).dgrad(dx, g, x, u, v, k, out, relu, v_scale, stride, hopper)
+    _ops(x).dgrad(dx, g, x, u, v, k, out, relu, v_scale, d, stride, hopper)
 
 
 def _ops(x: Tensor):
@@ -241,5 +239,5 @@ def _register_fakes() -> None:
         return p, x.new_empty(g.shape[3], dtype=acc_dtype(x.dtype)) if with_sum else None
 
     @register("fastres_projection::dgrad")
-    def _(dx, g, x, u, v, k, out, relu, v_scale, stride, hopper=False):
+    def _(dx, g, x, u, v, k, out, relu, v_scale, d, stride, hopper=False):
         return None

@@ -51,7 +51,7 @@ class Arguments {
   }
   void wgrad(const Tensor& g, const Optional& out) { gradient(g, out); }
   void dgrad(const Tensor& dx, const Tensor& g, const Tensor& u, const Optional& v, const Optional& k,
-             const Optional& out, const Optional& v_scale) {
+             const Optional& out, const Optional& v_scale, const Optional& d) {
     gradient(g, out);
     sized("dx", dx, "[N, H, W, C]", {shape.n, shape.h, shape.w, shape.c});
     pixels("dx", dx);
@@ -59,6 +59,7 @@ class Arguments {
     dense("u", u, "[K, C]", {shape.k, shape.c});
     if (v) dense("v", *v, "[C, C]", {shape.c, shape.c});
     if (k) acc("k", *k, "[C]", {shape.c});
+    if (d) acc("d", *d, "[C]", {shape.c});
     if (!v_scale) return;
     require(cuda_, "v_scale", "None on a CPU", "a value");
     require(v.has_value(), "v_scale", "None without v", "a value");

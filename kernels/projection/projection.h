@@ -21,14 +21,14 @@ using ParallelFor = void (*)(int64_t tasks, Body body, void* context);
 
 // One table per instruction set; what each entry computes stands in __init__.py. Tensors are dense; those named in
 // __init__.py as "acc" are float64 for float64, else float32; the others have the dtype given. Optional ones may be
-// null: v, k, residual, out (of wgrad and dgrad), sum.
+// null: v, k, d, residual, out (of wgrad and dgrad), sum.
 struct CpuKernels {
   void (*gram)(Dtype, const Shape&, const void* x, void* gram, void* total, void* pivot, ParallelFor);
   void (*fprop)(Dtype, const Shape&, const void* x, const void* weight, const void* bn, const void* residual, bool relu,
                 void* out, ParallelFor);
   void (*wgrad)(Dtype, const Shape&, const void* g, const void* x, const void* out, void* p, void* sum, ParallelFor);
   void (*dgrad)(Dtype, const Shape&, void* dx, const void* g, const void* x, const void* u, const void* v,
-                const void* k, const void* out, bool relu, ParallelFor);
+                const void* k, const void* d, const void* out, bool relu, ParallelFor);
 };
 
 // projection_cpu.cpp, compiled once per instruction set (CMakeLists.txt)
@@ -77,6 +77,7 @@ struct DgradArguments {
   const void *u, *v;     // [K, C], [C, C]; v may be null
   const float* k;        // [C] or null
   const float* v_scale;  // one number on the device by which x_s v is multiplied, or null for 1
+  const float* d;        // [C], by which x_s is multiplied and added, or null
   bool relu;             // mask dx by x > 0
 };
 

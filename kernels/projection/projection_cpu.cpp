@@ -426,10 +426,10 @@ void wgrad(const Shape& s, const void* g, const void* x, const void* out, void* 
 
 template <class T>
 void dgrad(const Shape& s, void* dx_, const void* g, const void* x, const void* u, const void* v, const void* k,
-           const void* out, bool relu, ParallelFor parallel_for) {
+           const void* d, const void* out, bool relu, ParallelFor parallel_for) {
   using A = accumulator<T>;
   constexpr int width = tile_columns<A>;
-  const A* bias = static_cast<const A*>(k);
+  const A *bias = static_cast<const A*>(k), *slope = static_cast<const A*>(d);
   auto from = Matrix<T>::strided(x, s), to = Matrix<T>::strided(dx_, s);
   int64_t depth = s.k + (v ? s.c : 0);
   Buffer<A> packed(divide_up(s.c, width) * width * depth);
@@ -451,7 +451,7 @@ void dgrad(const Shape& s, void* dx_, const void* g, const void* x, const void* 
                      [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const A* tile) {
                        const T *pointers[tile_rows], *inputs[tile_rows];
                        to.rows(row, rows, pointers);
-                       if (relu) from.rows(row, rows, inputs);
+                       if (relu || slope) from.rows(row, rows, inputs);
                        for (int64_t r = 0; r < rows; ++r) {
                          T* pixel = const_cast<T*>(pointers[r]) + column;
                          A values[width];
@@ -459,6 +459,8 @@ void dgrad(const Shape& s, void* dx_, const void* g, const void* x, const void* 
                            A sum = tile[r * width + c] + (bias ? bias[column + c] : A(0));
                            values[c] = widen(pixel[c]) + sum;
                          }
+                         for (int64_t c = 0; slope && c < columns; ++c)
+                           values[c] += slope[column + c] * widen(inputs[r][column + c]);
                          for (int64_t c = 0; relu && c < columns; ++c)
                            values[c] = masked(values[c], inputs[r][column + c]);
                          for (int64_t c = 0; c < columns; ++c) narrow(values[c], pixel[c]);

@@ -79,11 +79,11 @@ std::tuple<Tensor, Tensor> wgrad_cpu(const Tensor& g, const Tensor& x, const std
 
 void dgrad_cpu(const Tensor& dx, const Tensor& g, const Tensor& x, const Tensor& u, const std::optional<Tensor>& v,
                const std::optional<Tensor>& k, const std::optional<Tensor>& out, bool relu,
-               const std::optional<Tensor>& v_scale, int64_t stride, bool hopper) {
+               const std::optional<Tensor>& v_scale, const std::optional<Tensor>& d, int64_t stride, bool hopper) {
   Arguments a("projection_dgrad", Arguments::Place::cpu, x, stride, hopper);
-  a.dgrad(dx, g, u, v, k, out, v_scale);
+  a.dgrad(dx, g, u, v, k, out, v_scale, d);
   cpu_kernels().dgrad(a.dtype, a.shape, dx.mutable_data_ptr(), g.const_data_ptr(), x.const_data_ptr(),
-                      u.const_data_ptr(), data(v), data(k), data(out), relu, parallel_for);
+                      u.const_data_ptr(), data(v), data(k), data(d), data(out), relu, parallel_for);
 }
 
 }  // namespace
@@ -99,7 +99,7 @@ STABLE_TORCH_LIBRARY(fastres_projection, m) {
       "-> (Tensor p, Tensor sum)");
   m.def(
       "dgrad(Tensor(a!) dx, Tensor g, Tensor x, Tensor u, Tensor? v, Tensor? k, Tensor? out, bool relu, "
-      "Tensor? v_scale, int stride, bool hopper=False) -> ()");
+      "Tensor? v_scale, Tensor? d, int stride, bool hopper=False) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_projection, CPU, m) {

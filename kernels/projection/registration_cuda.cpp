@@ -153,9 +153,9 @@ std::tuple<Tensor, Tensor> wgrad_cuda(const Tensor& g, const Tensor& x, const st
 
 void dgrad_cuda(const Tensor& dx, const Tensor& g, const Tensor& x, const Tensor& u, const std::optional<Tensor>& v,
                 const std::optional<Tensor>& k, const std::optional<Tensor>& out, bool relu,
-                const std::optional<Tensor>& v_scale, int64_t stride, bool hopper) {
+                const std::optional<Tensor>& v_scale, const std::optional<Tensor>& d, int64_t stride, bool hopper) {
   Arguments a("projection_dgrad", Arguments::Place::cuda, x, stride, hopper);
-  a.dgrad(dx, g, u, v, k, out, v_scale);
+  a.dgrad(dx, g, u, v, k, out, v_scale, d);
   Device device(a);
   device.launch(hopper ? fastres::hopper::dgrad : fastres::portable::dgrad,
                 {.dtype = a.dtype,
@@ -168,6 +168,7 @@ void dgrad_cuda(const Tensor& dx, const Tensor& g, const Tensor& x, const Tensor
                  .v = data(v),
                  .k = floats(k),
                  .v_scale = floats(v_scale),
+                 .d = floats(d),
                  .relu = relu});
 }
 

@@ -227,12 +227,13 @@ class Kernels:
 
     def projection_dgrad(
         self, dx: Tensor, g: Tensor, x: Tensor, u: Tensor, v: Tensor | None, k: Tensor | None, stride: int,
-        out: Tensor | None = None, relu: bool = False, v_scale: Tensor | None = None, path: str = "portable",
+        out: Tensor | None = None, relu: bool = False, v_scale: Tensor | None = None, d: Tensor | None = None,
+        path: str = "portable",
     ) -> None:  # fmt: skip
-        """dx[:, ::stride, ::stride] += g' u + v_scale * x_s v + k, in place, and zero where x_s <= 0 with `relu`."""
+        """dx[:, ::stride, ::stride] += g' u + v_scale * x_s v + d * x_s + k, in place; with `relu` 0 where x_s <= 0."""
         self._call(
             "dgrad", path, x, _shape(x, g.shape[3], stride), _pixels(dx), _pixels(g), _pixels(x), _pixels(out),
-            *map(_pointer, (u, v, k, v_scale)), ctypes.c_bool(relu), outputs=[_Output.inside(dx, stride)],
+            *map(_pointer, (u, v, k, v_scale, d)), ctypes.c_bool(relu), outputs=[_Output.inside(dx, stride)],
         )  # fmt: skip
 
     def workspace(self, kernel: str, path: str, sizes: Sequence[int]) -> int:

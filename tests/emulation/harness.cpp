@@ -190,7 +190,7 @@ const char* projection_wgrad(bool hopper_path, int dtype, const Shape* s, const 
 
 const char* projection_dgrad(bool hopper_path, int dtype, const Shape* s, const Pixels* dx, const Pixels* g,
                              const Pixels* x, const Pixels* out, const void* u, const void* v, const float* k,
-                             const float* v_scale, bool relu) {
+                             const float* v_scale, const float* d, bool relu) {
   auto prepare = [&] {
     add_pixels("dx", *dx, *s, s->c, s->stride, Use::inout);
     add_pixels("g", *g, *s, s->k, 1, Use::input);
@@ -200,8 +200,9 @@ const char* projection_dgrad(bool hopper_path, int dtype, const Shape* s, const 
     add_dense("v", v, s->c * s->c, 2, Use::input);
     add_dense("k", k, s->c, 4, Use::input);
     add_dense("v_scale", v_scale, 1, 4, Use::input);
+    add_dense("d", d, s->c, 4, Use::input);
   };
-  const DgradArguments a{static_cast<Dtype>(dtype), *s, *dx, *g, *x, *out, u, v, k, v_scale, relu};
+  const DgradArguments a{static_cast<Dtype>(dtype), *s, *dx, *g, *x, *out, u, v, k, v_scale, d, relu};
   return guarded(prepare, [&] { return call(hopper_path ? hopper::dgrad : portable::dgrad, a); });
 }
 

@@ -103,16 +103,17 @@ class Case:
         out = t.out if "out" in self.words else None
         relu = "relu" in self.words
         v_scale = t.v_scale if "v_scale" in self.words else None
+        d = t.d if "d" in self.words else None
         exact, magnitudes = t.dx.double(), t.dx.double().abs()
         for result, of in ((exact, double), (magnitudes, absolute)):
             scaled = of(t.v) if v_scale is None or t.v is None else of(t.v) * of(v_scale)
             reference.projection_dgrad(
-                result, of(t.g), of(t.x), of(t.u), scaled, of(k), t.stride, double(out), relu and of is double
+                result, of(t.g), of(t.x), of(t.u), scaled, of(k), t.stride, double(out), relu and of is double, d=of(d)
             )
         before = t.dx.clone()
-        kernels.projection_dgrad(t.dx, t.g, t.x, t.u, t.v, k, t.stride, out, relu, v_scale, self.path)
+        kernels.projection_dgrad(t.dx, t.g, t.x, t.u, t.v, k, t.stride, out, relu, v_scale, d, self.path)
         strided = (slice(None), slice(None, None, t.stride), slice(None, None, t.stride))
-        assert_sums(t.dx[strided], exact[strided], magnitudes[strided], t.c + t.g.shape[3])
+        assert_sums(t.dx[strided], exact[strided], magnitudes[strided], t.c + t.g.shape[3] + 1)
         between = torch.ones(t.dx.shape, dtype=torch.bool)
         between[strided] = False
         expect(torch.equal(t.dx[between], before[between]), "dx changed between the strided pixels")
@@ -137,7 +138,7 @@ class Inputs:
         self.dx = self._pixels(n, h, w, self.c)
         self.weight, self.u = (self._dense((k, self.c)) for _ in range(2))
         self.v = self._dense((self.c, self.c)) if "v" in case.words else None
-        self.bn, self.k, self.v_scale = (self._normal(*size) for size in ((4, k), (self.c,), ()))
+        self.bn, self.k, self.d, self.v_scale = (self._normal(*size) for size in ((4, k), (self.c,), (self.c,), ()))
 
     def output(self) -> Tensor:
         """Memory of the layout for a tensor `[N, Ho, Wo, K]`."""
@@ -226,10 +227,12 @@ def forms(op: str) -> list[tuple[str, ...]]:
             ("v", "k", "out"),
             ("v", "k"),
             ("k", "out", "relu"),
-            ("v", "k", "v_scale"),
+            ("v", "k", "v_scale", "d"),
             (),
             ("v", "out", "relu", "v_scale"),
             ("v", "k", "relu"),
+            ("v", "k", "d", "relu"),
+            ("v", "k", "d", "out"),
         ],
     }[op]
 

@@ -158,6 +158,7 @@ MUTANTS = [
     # its second operands
     dgrad("rows of the first operands kept", "bounds", "next == 0 || next == first_tiles", "next == 0"),
     dgrad("scales the first product a tile late", "values", "tile + 1 == first_tiles &&", "tile == first_tiles &&"),
+    dgrad("multiplies neighbours by one slope", "values", "slope[2 * pair + 1] * two", "slope[2 * pair] * two"),
     dgrad("masks the first operands", "race", "if (p.mask && !in_first(tile)) {", "if (p.mask) {"),
     # what is slow only
     slow("staged rows share their banks", old="staged_row = columns + 8", new="staged_row = columns", file=rows),
@@ -242,6 +243,7 @@ MUTANTS = [
     hopper_rows(
         "scales both products", "values", "source == 0 && p.first_scale", "source == 1 && p.first_scale", op="dgrad"
     ),
+    hopper_rows("takes four slopes twice", "values", "p.slope + c + 4", "p.slope + c", op="dgrad"),
     hopper_columns(
         "blocks of columns not where they are",
         "values",

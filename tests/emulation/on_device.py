@@ -46,11 +46,11 @@ class Kernels:
         return p.cpu(), None if total is None else total.cpu()
 
     def projection_dgrad(
-        self, dx, g, x, u, v, k, stride, out=None, relu=False, v_scale=None, path="portable"
+        self, dx, g, x, u, v, k, stride, out=None, relu=False, v_scale=None, d=None, path="portable"
     ) -> None:  # fmt: skip
         moved = _there(dx)
-        g, x, u, v, k, out, v_scale = map(_there, (g, x, u, v, k, out, v_scale))
-        namespace(path).projection_dgrad(moved, g, x, u, v, k, stride, out, relu, v_scale)
+        g, x, u, v, k, out, v_scale, d = map(_there, (g, x, u, v, k, out, v_scale, d))
+        namespace(path).projection_dgrad(moved, g, x, u, v, k, stride, out, relu, v_scale, d)
         _storage(dx).copy_(_storage(moved)) if _small(dx) else dx.copy_(moved)
 
 

@@ -84,7 +84,7 @@ class Arguments:
         self.g, self.out, self.residual = (normal(*size, k) for _ in range(3))
         self.weight, self.u, self.v = normal(k, c), normal(k, c), normal(c, c)
         self.bn, self.k = normal(4, k).float(), normal(c).float()
-        self.v_scale = None
+        self.v_scale, self.d = None, normal(c).float()
         self.hopper = False
 
     def call(self, op):
@@ -94,7 +94,7 @@ class Arguments:
             "fprop": "x weight bn residual relu stride hopper",
             "conv": "x weight stride",
             "wgrad": "g x out with_sum stride hopper",
-            "dgrad": "dx g x u v k out relu v_scale stride hopper",
+            "dgrad": "dx g x u v k out relu v_scale d stride hopper",
         }[op]
         flags = {"relu": True, "with_sum": True}
         values = [flags.get(name) or getattr(self, name) for name in names.split()]
@@ -118,7 +118,7 @@ def test_launchers_are_the_references(path):
         dx = torch.zeros_like(t.dx)
         k.projection_dgrad(dx, t.g, 2**10 * t.x, 0 * t.u, t.v, None, 2, v_scale=t.v_scale)
         dx_all = t.dx.clone()
-        k.projection_dgrad(dx_all, t.g, t.x, t.u, t.v, t.k, 2, t.out, relu=True, v_scale=t.v_scale)
+        k.projection_dgrad(dx_all, t.g, t.x, t.u, t.v, t.k, 2, t.out, relu=True, v_scale=t.v_scale, d=t.d)
         gram, total, pivot = k.projection_gram(t.x, 2)
         # Moments about 0, whatever the pivot.
         rows = t.g.shape[:3].numel()
@@ -242,6 +242,8 @@ BAD = [
     ("u", torch.zeros(40, 24).float(), "u must be of x's dtype, has another"),
     ("v", torch.zeros(24, 25).bfloat16(), "v must be [C, C] = [24, 24], has [24, 25]"),
     ("k", torch.zeros(24).bfloat16(), "k must be float32, has another dtype"),
+    ("d", torch.zeros(24).bfloat16(), "d must be float32, has another dtype"),
+    ("d", torch.zeros(25), "d must be [C] = [24], has [25]"),
     ("v_scale", torch.ones(1), "v_scale must be a scalar = [], has [1]"),
     ("v_scale", torch.ones(()).double(), "v_scale must be float32, has another dtype"),
 ]
@@ -269,7 +271,7 @@ def test_a_factor_without_v_is_refused():
 @pytest.mark.parametrize("device", [-1, 3])
 @pytest.mark.parametrize("op", ["fprop", "wgrad", "dgrad"])
 def test_tensors_elsewhere_are_named(machine, op, device):
-    names = {"fprop": "weight bn residual", "wgrad": "g out", "dgrad": "dx g u v k out v_scale"}[op].split()
+    names = {"fprop": "weight bn residual", "wgrad": "g out", "dgrad": "dx g u v k out v_scale d"}[op].split()
     for name in names:
         t = Arguments()
         t.v_scale = torch.ones(())
@@ -294,7 +296,7 @@ def test_dx_may_be_a_part_of_a_tensor():
     t.dx = whole[1:, 2:, 8:].expand(1, h, w, c)  # a stride of 0 between images, of which there is one
     wanted = t.dx.double()
     exact = [a.double() for a in (t.g, t.x, t.u, t.v, t.k)]
-    reference.projection_dgrad(wanted, *exact, 2, t.out.double(), relu=True)
+    reference.projection_dgrad(wanted, *exact, 2, t.out.double(), relu=True, d=t.d.double())
     t.call("dgrad")
     assert relative_error(t.dx, wanted) < 2**-8
     assert not whole[0].any() and not whole[:, :2].any() and not whole[:, :, :8].any()

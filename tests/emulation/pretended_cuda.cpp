@@ -69,7 +69,7 @@ const char* wgrad(bool hopper, const fastres::WgradArguments& a, void* stream) {
 const char* dgrad(bool hopper, const fastres::DgradArguments& a, void* stream) {
   if (const char* error = misplaced(a.x, stream)) return error;
   return emulated("projection_dgrad", hopper, a.dtype, &a.shape, &a.dx, &a.g, &a.x, &a.out, a.u, a.v, a.k, a.v_scale,
-                  a.relu);
+                  a.d, a.relu);
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ class Inputs:
         self.bn = normal(4, k).to(acc_dtype(dtype))
         self.dx = normal(n, h, w, c).to(dtype)
         self.u, self.v = normal(k, c).to(dtype), normal(c, c).to(dtype)
-        self.k = normal(c).to(acc_dtype(dtype))
+        self.k, self.d = (normal(c).to(acc_dtype(dtype)) for _ in range(2))
 
 
 def xs(t):
@@ -127,10 +127,11 @@ class TestDefinition:
         same, nothing = projection.projection_wgrad(t.g, t.x, stride, out, with_sum=False)
         assert torch.equal(same, p) and nothing is None
 
-    @pytest.mark.parametrize("given", ["", "v", "k relu", "v out", "v k", "v k out relu"])
+    @pytest.mark.parametrize("given", ["", "v", "k relu", "v out", "v k d", "v k d out relu"])
     def test_dgrad(self, dtype, shape, stride, given):
         t = Inputs(dtype, shape, stride)
         with_v, with_k, with_out, relu = (name in given.split() for name in ("v", "k", "out", "relu"))
+        d = t.d if "d" in given.split() else None
         before = t.dx.clone()
         g = masked(rows(t.g), rows(t.out)) if with_out else rows(t.g)
         added, magnitudes = g @ t.u.double(), g.abs() @ t.u.double().abs()
@@ -138,14 +139,16 @@ class TestDefinition:
             added, magnitudes = added + xs(t) @ t.v.double(), magnitudes + xs(t).abs() @ t.v.double().abs()
         if with_k:
             added, magnitudes = added + t.k.double(), magnitudes + t.k.double().abs()
+        if d is not None:
+            added, magnitudes = added + d.double() * xs(t), magnitudes + (d.double() * xs(t)).abs()
         v, k, out = t.v if with_v else None, t.k if with_k else None, t.out if with_out else None
-        projection.projection_dgrad(t.dx, t.g, t.x, t.u, v, k, stride, out, relu)
+        projection.projection_dgrad(t.dx, t.g, t.x, t.u, v, k, stride, out, relu, d=d)
         strided = rows(before[:, ::stride, ::stride])
         ours = t.dx[:, ::stride, ::stride].flatten(0, 2)
         exact, magnitudes = strided + added, strided.abs() + magnitudes
         if relu:
             exact, magnitudes = masked(exact, xs(t)), masked(magnitudes, xs(t))
-        assert_sums(ours, exact, magnitudes, shape[3] + shape[4])
+        assert_sums(ours, exact, magnitudes, shape[3] + shape[4] + 1)
         between = torch.ones(t.dx.shape[1:3], dtype=torch.bool)
         between[::stride, ::stride] = False
         assert torch.equal(t.dx[:, between], before[:, between])
@@ -288,8 +291,8 @@ def test_opcheck(dtype):
     torch.library.opcheck(ops.fprop.default, (t.x, t.weight, t.bn, t.residual, True, 2))
     torch.library.opcheck(ops.wgrad.default, (t.g, t.x, None, False, 2))
     torch.library.opcheck(ops.wgrad.default, (t.g, t.x, t.out, True, 2))
-    torch.library.opcheck(ops.dgrad.default, (t.dx, t.g, t.x, t.u, None, None, None, False, None, 2))
-    torch.library.opcheck(ops.dgrad.default, (t.dx, t.g, t.x, t.u, t.v, t.k, t.out, True, None, 2))
+    torch.library.opcheck(ops.dgrad.default, (t.dx, t.g, t.x, t.u, None, None, None, False, None, None, 2))
+    torch.library.opcheck(ops.dgrad.default, (t.dx, t.g, t.x, t.u, t.v, t.k, t.out, True, None, t.d, 2))
 
 
 @needs_library
@@ -329,6 +332,7 @@ BAD = [
     ("dgrad", "dx", torch.zeros(2, 64, 6, 5).permute(0, 2, 3, 1), r"dx must be dense"),
     ("dgrad", "u", torch.zeros(64, 128), r"u must be \[K, C\] = \[128, 64\], has \[64, 128\]"),
     ("dgrad", "v", torch.zeros(32, 32), r"v must be \[C, C\] = \[64, 64\], has \[32, 32\]"),
+    ("dgrad", "d", torch.zeros(3), r"d must be \[C\] = \[64\], has \[3\]"),
     ("dgrad", "k", torch.zeros(3), r"k must be \[C\] = \[64\], has \[3\]"),
     ("dgrad", "out", torch.zeros(2, 3, 3, 64), r"out must be \[N, Ho, Wo, K\] = \[2, 3, 3, 128\], has"),
 ]
@@ -340,7 +344,7 @@ def test_bad_arguments_are_named(op, name, value, message):
     t = {key: torch.zeros(size) for key, size in GOOD.items()} | {"k": torch.zeros(64), "stride": 2, name: value}
     order = {"gram": "x", "fprop": "x weight bn", "wgrad": "g x", "dgrad": "dx g x u v k"}[op]
     function = getattr(projection, f"projection_{op}")
-    optional = {key: t[key] for key in ("residual", "out", "hopper") if key in t}
+    optional = {key: t[key] for key in ("residual", "out", "hopper", "d") if key in t}
     with pytest.raises(RuntimeError, match=f"^projection_{op}: {message}"):
         function(*[t[key] for key in order.split()], t["stride"], **optional)
 
@@ -349,7 +353,7 @@ def test_bad_arguments_are_named(op, name, value, message):
 def test_a_factor_of_v_is_for_cuda():
     t = Inputs(torch.float32, (1, 2, 2, 8, 8), 2)
     with pytest.raises(RuntimeError, match="^projection_dgrad: v_scale must be None on a CPU, has a value"):
-        torch.ops.fastres_projection.dgrad(t.dx, t.g, t.x, t.u, t.v, t.k, None, False, torch.ones(()), 2)
+        torch.ops.fastres_projection.dgrad(t.dx, t.g, t.x, t.u, t.v, t.k, None, False, torch.ones(()), None, 2)
 
 
 @needs_library

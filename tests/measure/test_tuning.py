@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -43,21 +44,26 @@ def test_labels_are_those_that_the_plan_asks_the_table_for(choices, monkeypatch)
 
 
 def test_every_launcher_is_timed_on_the_same_inputs(choices):
-    seen = []
+    seen = {"triton": [], "library": []}
 
-    def launcher(**t):
-        seen.append(t)
-        return reference.conv1x1(**t)
+    def launcher(name):
+        def launch(**t):
+            seen[name].append(t)
+            return reference.conv1x1(**t)
+
+        return launch
 
     (choice,) = (c for label, c in choices.items() if label.startswith("conv1x1 bfloat16: x 4x32x32x16,"))
-    wanted = choice._replace(launchers={"triton": launcher, "library": library.conv1x1})
+    wanted = choice._replace(launchers={name: launcher(name) for name in seen})
     found, failures = tuning.measure([wanted], torch.device("cpu"), lambda: 60.0, SHORT)
     assert failures == {} and set(found[choice.call.label]) == {"triton", "library"}
     assert all(seconds > 0 for seconds in found[choice.call.label].values())
-    assert seen[0]["x"].shape == (4, 32, 32, 16) and seen[0]["x"].dtype == torch.bfloat16 and seen[0]["x"].std() > 0.5
+    ours, librarys = (calls[0] for calls in seen.values())
+    assert ours["x"].shape == (4, 32, 32, 16) and ours["x"].dtype == torch.bfloat16 and ours["x"].std() > 0.5
+    assert all(ours[name] is librarys[name] for name in ours)
 
 
-def test_what_fails_or_has_no_time_is_said(choices):
+def test_what_fails_is_said_and_what_has_no_time_left_out(choices):
     def broken(**t):
         raise RuntimeError("does not compile")
 
@@ -65,10 +71,7 @@ def test_what_fails_or_has_no_time_is_said(choices):
     wanted = first._replace(launchers={"triton": broken, "library": library.conv1x1})
     times = iter([60.0, 0.1])
     found, failures = tuning.measure([wanted, second], torch.device("cpu"), lambda: next(times), SHORT)
-    assert found == {} and failures == {
-        first.call.label: "triton: RuntimeError: does not compile",
-        second.call.label: "no time left",
-    }
+    assert found == {} and failures == {first.call.label: "triton: RuntimeError: does not compile"}
 
 
 @pytest.mark.parametrize(
@@ -79,10 +82,50 @@ def test_where_there_is_no_choice_it_says_so(model, dtype):
         tuning.choices(models.create(model), (2, 3, 64, 64), dtype)
 
 
-def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.fixture
+def tune(monkeypatch):
+    """The command, as a module."""
     spec = importlib.util.spec_from_file_location("tune", ROOT / "benchmarks" / "tune.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    assert module.main([]) == 2 and "sees no CUDA device" in capsys.readouterr().out
+    return module
+
+
+def test_without_a_gpu_the_command_says_so(tune, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 2 and "sees no CUDA device" in capsys.readouterr().out
+
+
+def test_the_command_writes_what_it_measured_and_keeps_the_rest(tune, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imagined GPU")
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "package")
+    facts = {"torch": "2"}
+    monkeypatch.setattr(tune.conditions, "gather", lambda device: facts)
+    outcomes = iter([(1, 0), (0, 1), (2, 0), (0, 0)])
+
+    def measure(wanted, device, left):
+        (few, failing), wanted = next(outcomes), list(wanted)
+        took = {"triton": 1e-6 * few, "library": 2e-6}
+        return {c.call.label: took for c in wanted[:few]}, {c.call.label: "broken" for c in wanted[few : few + failing]}
+
+    monkeypatch.setattr(tune.tuning, "measure", measure)
+
+    def run(dtype):
+        code = tune.main(
+            ["--model", "cifar_resnet11_bottleneck", "--batch", "2", "--dtype", dtype, "--out", str(tmp_path)]
+        )
+        tables = [folder / "imagined-gpu.json" for folder in (tmp_path, tmp_path / "package")]
+        return code, capsys.readouterr().out, [json.loads(file.read_text())["seconds"] for file in tables]
+
+    code, out, (table, copy) = run("bf16")
+    assert code == 0 and len(table) == 1 and table == copy and "no time was left for" in out
+    code, out, (same, _) = run("fp16")
+    assert code == 1 and same == table and "broken" in out, "what failed changes nothing"
+    _, _, (both, _) = run("fp16")
+    assert len(both) == 3 and both.items() > table.items()
+    facts["torch"] = "3"
+    assert run("bf16")[2][0] == both, "nothing measured, nothing written"

@@ -53,4 +53,7 @@ def test_losses_stay_within_the_spread_of_two_stock_seeds(digits, device, dtype)
     fused = curve(digits, 0, True, device, dtype)
     assert stock[-1] < 0.1 * stock[0], "the stock network does not learn: nothing to compare"
     spread, difference = (other - stock).abs(), (fused - stock).abs()
-    assert difference.mean() <= spread.mean() and difference.max() <= spread.max()
+    assert difference.any(), "to the bit as the stock network: it did not run fused"
+    for windows in (slice(None), slice(-5, None)):
+        assert difference[windows].mean() <= spread[windows].mean()
+    assert difference.max() <= spread.max()

@@ -1,4 +1,4 @@
-// projection_dgrad: dx += g u + x_s v + k at the pixels that the projection reads, and nothing elsewhere.
+// projection_dgrad: dx += g u + x_s v + d*x_s + k at the pixels that the projection reads, and nothing elsewhere.
 #include "row_products.cuh"
 
 namespace fastres::portable {
@@ -17,7 +17,8 @@ const char* run(const DgradArguments& a, void* stream) {
   p.shift = a.k;
   p.out = static_cast<T*>(a.dx.data), p.out_rows = rows_of(a.dx, s, s.stride);
   p.addend = p.out, p.addend_rows = p.out_rows;
-  if (a.relu) p.gate = static_cast<const T*>(a.x.data), p.gate_rows = x_rows;
+  p.relu = a.relu, p.slope = a.d;
+  if (a.relu || a.d) p.input = static_cast<const T*>(a.x.data), p.input_rows = x_rows;
   p.m = static_cast<uint32_t>(s.rows()), p.n = static_cast<uint32_t>(s.c);
   return row_products<RowConfig<T, columns, Output::add, masked, vectors>>(p, stream);
 }
@@ -25,7 +26,7 @@ const char* run(const DgradArguments& a, void* stream) {
 template <class T>
 const char* choose(const DgradArguments& a, void* stream) {
   const bool vectors = a.shape.c % 8 == 0 && a.shape.k % 8 == 0 && aligned(a.dx) && aligned(a.g) && aligned(a.x) &&
-                       aligned(a.out) && aligned(a.u) && aligned(a.v) && aligned(a.k);
+                       aligned(a.out) && aligned(a.u) && aligned(a.v) && aligned(a.k) && aligned(a.d);
   if (!vectors) return run<T, 64, true, false>(a, stream);
   if (a.shape.c <= 64) return a.out.data ? run<T, 64, true, true>(a, stream) : run<T, 64, false, true>(a, stream);
   return a.out.data ? run<T, 128, true, true>(a, stream) : run<T, 128, false, true>(a, stream);

@@ -13,12 +13,14 @@ struct Operands {
   uint32_t stages;  // of 64 of the depth; 0: these operands do not take part
 };
 
-// out = (scale*D + shift + addend), through relu and masked by ~(relu_input <= 0). All pixels are output pixels.
+// out = scale*D + shift + addend (+ slope*input), through relu (fprop) or 0 where input <= 0 (dgrad). All pixels are output
+// pixels.
 struct RowParameters {
   Operands operands[2];
   const float* first_scale;    // one number by which the first operands' product is multiplied, or null
   const float *scale, *shift;  // [N]; for dgrad there is no scale, and shift may be null
-  Pixels addend, relu_input;   // may be none
+  const float* slope;          // [N], for dgrad; may be null
+  Pixels addend, input;        // may be none; input: for dgrad, what `relu` and `slope` are about
   bool relu;
   Pixels out;
   Boxes boxes;
@@ -80,15 +82,15 @@ FASTRES_DEVICE void write_sums(const RowParameters& p, float* sum, const Pixel& 
   for (int h = 0; h < 2; ++h) {
     const Pixel pixel = pixel_of(p.boxes, corner, thread / 32 * 16 + h * 8 + thread % 32 / 4);
     const bool there = exists(p.boxes, corner, pixel);
-    uint4 addend[chunks], relu_input[chunks];
+    uint4 addend[chunks], input[chunks];
     const T* addend_row = static_cast<const T*>(p.addend.data) + offset_of(p.addend, pixel);
-    const T* relu_row = static_cast<const T*>(p.relu_input.data) + offset_of(p.relu_input, pixel);
+    const T* input_row = static_cast<const T*>(p.input.data) + offset_of(p.input, pixel);
     FASTRES_UNROLL
     for (int j = 0; j < chunks; ++j) {
       const uint32_t c = first + j * 32;
       if (!there || c >= p.columns) continue;
       if (p.addend.data) addend[j] = load_global(reinterpret_cast<const uint4*>(addend_row + c));
-      if (p.relu_input.data) relu_input[j] = load_global(reinterpret_cast<const uint4*>(relu_row + c));
+      if (p.input.data) input[j] = load_global(reinterpret_cast<const uint4*>(input_row + c));
     }
     T* out_row = static_cast<T*>(p.out.data) + offset_of(p.out, pixel);
     FASTRES_UNROLL
@@ -106,14 +108,22 @@ FASTRES_DEVICE void write_sums(const RowParameters& p, float* sum, const Pixel& 
       const uint32_t c = first + j * 32;
       if (!there || c >= p.columns) continue;
       if (p.addend.data) add<T>(v, addend[j]);
-      if (p.relu) {
+      if (!scaled && p.slope) {
+        const float4 low = load_global(reinterpret_cast<const float4*>(p.slope + c));
+        const float4 high = load_global(reinterpret_cast<const float4*>(p.slope + c + 4));
+        const float2 a = unpack<T>(input[j].x), b = unpack<T>(input[j].y);
+        v[0] += low.x * a.x, v[1] += low.y * a.y, v[2] += low.z * b.x, v[3] += low.w * b.y;
+        const float2 e = unpack<T>(input[j].z), f = unpack<T>(input[j].w);
+        v[4] += high.x * e.x, v[5] += high.y * e.y, v[6] += high.z * f.x, v[7] += high.w * f.y;
+      }
+      if (scaled && p.relu) {
         FASTRES_UNROLL
         for (int i = 0; i < 8; ++i) v[i] = v[i] < 0 ? 0.f : v[i];
       }
       uint4 packed{pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])};
-      if (p.relu_input.data) {
-        packed.x &= relu_mask<T>(relu_input[j].x), packed.y &= relu_mask<T>(relu_input[j].y);
-        packed.z &= relu_mask<T>(relu_input[j].z), packed.w &= relu_mask<T>(relu_input[j].w);
+      if (!scaled && p.relu) {
+        packed.x &= relu_mask<T>(input[j].x), packed.y &= relu_mask<T>(input[j].y);
+        packed.z &= relu_mask<T>(input[j].z), packed.w &= relu_mask<T>(input[j].w);
       }
       store_global(reinterpret_cast<uint4*>(out_row + c), packed);
     }
@@ -243,7 +253,7 @@ const char* dgrad(const DgradArguments& a, void* stream) {
   const Shape& s = a.shape;
   const Pixels x = strided(a.x, s);
   if (a.out.data || !supported(s) || !describable(a.g) || (a.v && !describable(x)) || !aligned(x) || !aligned(a.dx) ||
-      !aligned(a.u) || !aligned(a.v) || !aligned(a.k)) {
+      !aligned(a.u) || !aligned(a.v) || !aligned(a.k) || !aligned(a.d)) {
     return portable::dgrad(a, stream);
   }
   RowParameters p{};
@@ -261,7 +271,8 @@ const char* dgrad(const DgradArguments& a, void* stream) {
   if (!error) error = encode_matrix(p.operands[1].b, a.dtype, a.u, s.k, s.c);
   if (error) return error;
   p.shift = a.k, p.out = strided(a.dx, s), p.addend = p.out;
-  if (a.relu) p.relu_input = x;
+  p.relu = a.relu, p.slope = a.d;
+  if (a.relu || a.d) p.input = x;
   return choose<true>(a.dtype, p, stream);
 }
 

@@ -35,9 +35,10 @@ struct RowParameters {
   Rows out_rows;
   const T* addend;  // may be null; for Output::add, out itself
   Rows addend_rows;
-  bool relu;      // for Output::bn
-  const T* gate;  // for Output::add; may be null
-  Rows gate_rows;
+  bool relu;           // for Output::bn: of out; for Output::add: out is 0 where input <= 0
+  const T* input;      // for Output::add: [M, N], what `relu` and `slope` are about; null where there is neither
+  Rows input_rows;
+  const float* slope;  // [N]: slope*input is added; may be null
   float *count, *mean, *m2;  // for Output::raw: [tiles of rows], [tiles of rows, N] twice
   uint32_t m, n;
 };
@@ -148,10 +149,12 @@ FASTRES_DEVICE void write_tile(const RowParameters<typename Config::T>& p, uint3
   float scale[8], shift[8] = {};
   if constexpr (Config::output == Output::bn) load_floats<vectors>(scale, p.scale + n, left);
   if (Config::output != Output::raw && p.shift) load_floats<vectors>(shift, p.shift + n, left);
+  float slope[8] = {};
+  if (Config::output == Output::add && p.slope) load_floats<vectors>(slope, p.slope + n, left);
 
   FASTRES_NO_UNROLL
   for (uint32_t r = thread_index() / chunks; r < Config::rows; r += rows_at_once * batch) {
-    uint4 addend[batch] = {}, gate[batch] = {};
+    uint4 addend[batch] = {}, input[batch] = {};
     FASTRES_UNROLL
     for (uint32_t i = 0; i < batch; ++i) {
       const uint32_t m = row + r + i * rows_at_once;
@@ -159,8 +162,8 @@ FASTRES_DEVICE void write_tile(const RowParameters<typename Config::T>& p, uint3
       if (Config::output != Output::raw && p.addend) {
         addend[i] = load_chunk<vectors>(p.addend + row_offset(p.addend_rows, m) + n, left);
       }
-      if (Config::output == Output::add && p.gate) {
-        gate[i] = load_chunk<vectors>(p.gate + row_offset(p.gate_rows, m) + n, left);
+      if (Config::output == Output::add && p.input) {
+        input[i] = load_chunk<vectors>(p.input + row_offset(p.input_rows, m) + n, left);
       }
     }
     FASTRES_UNROLL
@@ -173,7 +176,7 @@ FASTRES_DEVICE void write_tile(const RowParameters<typename Config::T>& p, uint3
       const float4 low = swapped ? two : one, high = swapped ? one : two;
       float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       const uint32_t more[4] = {addend[i].x, addend[i].y, addend[i].z, addend[i].w};
-      const uint32_t gates[4] = {gate[i].x, gate[i].y, gate[i].z, gate[i].w};
+      const uint32_t inputs[4] = {input[i].x, input[i].y, input[i].z, input[i].w};
       uint32_t word[4];
       FASTRES_UNROLL
       for (int pair = 0; pair < 4; ++pair) {
@@ -186,12 +189,16 @@ FASTRES_DEVICE void write_tile(const RowParameters<typename Config::T>& p, uint3
           const float2 two_more = unpack<T>(more[pair]);
           v[2 * pair] += two_more.x, v[2 * pair + 1] += two_more.y;
         }
+        if (Config::output == Output::add && p.slope) {
+          const float2 two_inputs = unpack<T>(inputs[pair]);
+          v[2 * pair] += slope[2 * pair] * two_inputs.x, v[2 * pair + 1] += slope[2 * pair + 1] * two_inputs.y;
+        }
         if (Config::output == Output::bn && p.relu) {
           FASTRES_UNROLL
           for (int e = 2 * pair; e < 2 * pair + 2; ++e) v[e] = v[e] < 0 ? 0.f : v[e];
         }
         word[pair] = pack<T>(v[2 * pair], v[2 * pair + 1]);
-        if (Config::output == Output::add && p.gate) word[pair] &= relu_mask<T>(gates[pair]);
+        if (Config::output == Output::add && p.relu) word[pair] &= relu_mask<T>(inputs[pair]);
       }
       const uint4 chunk{word[0], word[1], word[2], word[3]};
       store_chunk<vectors>(p.out + row_offset(p.out_rows, m) + n, chunk, left);
