@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     device = torch.device("cuda", torch.cuda.current_device())
     # What counts most first: the budget may not suffice for all.
-    ordered = sorted(wanted.values(), key=lambda choice: -sum(t.nbytes for t in tensors(choice.call.args)))
+    ordered = sorted(
+        wanted.values(), key=lambda choice: -sum(t.nbytes for t in tensors((choice.call.args, choice.call.kwargs)))
+    )
     with counter("calls timed") as progress:
         each = _counted(ordered, progress)
         seconds, failures = tuning.measure(each, device, lambda: end - time.monotonic())

@@ -24,27 +24,27 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0; 1 when a check failed; 2 for a mistake in the arguments or what they name; 130 after Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
+    code = 0
     try:
+        arguments = _parser().parse_args(argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
-        return code
     except UserError as error:
         print(f"{PROGRAM} {arguments.command}: error: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except KeyboardInterrupt:
-        return 130
+        code = 130
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        return 0
+    return code
 
 
 def _reader_is_gone() -> bool:
     """Whether whoever read stdout has read enough, as `| head` does; then what is still to be written goes nowhere."""
     poll = select.poll()
     poll.register(_STDOUT, select.POLLOUT)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
     return True

@@ -46,7 +46,7 @@ BY_COST = ("conv1x1", "conv1x1_bwd", "conv1x1_dgrad", "conv1x1_wgrad", "expand",
 
 # Where the extension's CPU kernels beat the library's on most of ResNet-50's shapes on an AMD EPYC with AVX-512
 # (benchmarks/kernels/test_projection.py): all four in float32, though not on layer1's wgrad and layer4's fprop; in
-# bfloat16, where oneDNN multiplies natively, only the Gram.
+# bfloat16, where oneDNN multiplies natively, only the Gram, while the library's dgrad still summed in bfloat16.
 _EXTENSION_ON_CPU = {torch.float32: _FOLDED_PROJECTION, torch.bfloat16: ("projection_gram",)}
 
 _wrap: Callable[[SimpleNamespace], SimpleNamespace] | None = None

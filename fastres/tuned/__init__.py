@@ -11,6 +11,7 @@ the median seconds by namespace of `fastres.kernels`:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -22,7 +23,7 @@ from fastres.files import write_text
 
 FOLDER = Path(__file__).parent
 
-VERSIONS = ("torch", "triton", "cuDNN", "driver")
+VERSIONS = ("torch", "triton", "cuDNN", "driver", "commit")
 """Of a table's conditions, those that all of its calls have in common."""
 
 
@@ -47,11 +48,11 @@ def table(gpu: str) -> dict[str, dict[str, float]]:
 
 def write(gpu: str, conditions: dict[str, str], seconds: dict[str, dict[str, float]], folder: Path = FOLDER) -> Path:
     """Write calls into a GPU's table; returns the file. Those that it has already stay, as far as they are not measured
-    anew, where the versions in its conditions (`VERSIONS`) are these; else it starts anew.
+    anew, where the versions in its conditions (`VERSIONS`) are these; else, or where it is damaged, it starts anew.
     """
     file = folder / _file_name(gpu)
     folder.mkdir(parents=True, exist_ok=True)
-    if file.exists():
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         old = json.loads(file.read_text())
         if all(old["conditions"].get(name) == conditions.get(name) for name in VERSIONS):
             seconds = old["seconds"] | seconds

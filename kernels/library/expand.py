@@ -49,10 +49,12 @@ def input_grad(
     v_scale: Tensor | None = None,
     d: Tensor | None = None,
 ) -> Tensor:
-    """g u + v_scale*(a v) + d*a + k of rows g `[M, C]` and a `[M, K]`, in g's dtype; all but u may be None."""
-    # In acc to the end: the terms may cancel, as where g goes along with the output, and leave the roundings of each.
+    """g u + v_scale*(a v) + d*a + k of rows g `[M, C]` and a `[M, K]`, in acc; all but u may be None.
+
+    Not rounded before it is added up: the terms may cancel, as where g goes along with the output.
+    """
     da = matmul_acc(g, u)
-    if v is not None and v.dtype == da.dtype:
+    if v is not None and v.dtype == da.dtype and v_scale is None:
         da.addmm_(a, v)
     elif v is not None:
         da += scaled(matmul_acc(a, v), v_scale)
@@ -60,7 +62,7 @@ def input_grad(
         da.addcmul_(a, d)
     if k is not None:
         da += k
-    return da.to(g.dtype)
+    return da
 
 
 def expand_dgrad(
@@ -75,6 +77,6 @@ def expand_dgrad(
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
     a = activation(y, bn)
-    da = input_grad(rows(g), rows(a), u, v, k, v_scale, d).view(y.shape)
+    da = input_grad(rows(g), rows(a), u, v, k, v_scale, d).to(g.dtype).view(y.shape)
     g = masked(da, a)
     return g, bn_sums(g, y, bn)

@@ -16,7 +16,7 @@ and bfloat16 it is 0: rounding it off the operands would cost more than it saves
 The small products multiply 16-bit weights by float32 matrices as three TF32 products, which keep float32's digits:
 those of W are TF32's already, the other factor is split in two. For float32 activations they are float32's.
 
-Bytes moved: y once where one block of 128 channels holds all, else twice for each block, and `[K, K]` and `[N, K]`
+Bytes moved: n + 1 times y for n blocks of 128 channels, once for one block (twice on sm_100), and `[K, K]` and `[N, K]`
 matrices that lie in L2.
 
 Not used for float64 (the reference serves it), on CPUs, and below compute capability 8.0.

@@ -64,6 +64,15 @@ def test_a_reader_that_has_read_enough_ends_a_command_in_silence(pipe, unbuffere
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_failed_check_stays_one_when_its_reader_is_gone():
+    code = "import sys, fastres.cli as c; c._info = lambda a: print('failed') or 1; sys.exit(c.main(['info']))"
+    pipe = f'set -o pipefail; {sys.executable} -c "{code}" | true'
+    done = subprocess.run(
+        ["bash", "-c", pipe], capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""}
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_a_broken_pipe_that_is_not_the_outputs_is_no_silence(monkeypatch, capsys):
     def broken(arguments):
         raise BrokenPipeError("a worker died")

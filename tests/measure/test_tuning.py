@@ -105,7 +105,7 @@ def test_the_command_writes_what_it_measured_and_keeps_the_rest(tune, tmp_path, 
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "package")
     facts = {"torch": "2"}
     monkeypatch.setattr(tune.conditions, "gather", lambda device: facts)
-    outcomes = iter([(1, 0), (0, 1), (2, 0), (0, 0)])
+    outcomes = iter([(1, 0), (0, 1), (2, 0), (0, 0), (1, 0)])
 
     def measure(wanted, device, left):
         (few, failing), wanted = next(outcomes), list(wanted)
@@ -129,3 +129,7 @@ def test_the_command_writes_what_it_measured_and_keeps_the_rest(tune, tmp_path, 
     assert len(both) == 3 and both.items() > table.items()
     facts["torch"] = "3"
     assert run("bf16")[2][0] == both, "nothing measured, nothing written"
+    assert run("bf16")[2][0] == table, "other versions, another table"
+    (tmp_path / "imagined-gpu.json").write_text("{")
+    tuned.write("Imagined GPU", facts, table, tmp_path)
+    assert json.loads((tmp_path / "imagined-gpu.json").read_text())["seconds"] == table, "damaged, and written anew"

@@ -13,8 +13,8 @@ struct Operands {
   uint32_t stages;  // of 64 of the depth; 0: these operands do not take part
 };
 
-// out = scale*D + shift + addend (+ slope*input), through relu (fprop) or 0 where input <= 0 (dgrad). All pixels are output
-// pixels.
+// out = scale*D + shift + addend (+ slope*input), through relu (fprop) or, with relu, 0 where input <= 0 (dgrad). All
+// pixels are output pixels.
 struct RowParameters {
   Operands operands[2];
   const float* first_scale;    // one number by which the first operands' product is multiplied, or null
@@ -53,7 +53,8 @@ FASTRES_DEVICE void add(float (&v)[8], const uint4& more) {
 }
 
 // A thread's sums of `width` columns from `column` on, of the box at `corner`, from registers to memory. Loads come
-// together, before stores that they might alias: the per-channel ones before the first store, a row's before the row's.
+// together, before stores that they might alias: the per-channel ones before the first store, a row's before the row's;
+// only the slopes come with their chunk.
 template <class T, int width, bool scaled>
 FASTRES_DEVICE void write_sums(const RowParameters& p, float* sum, const Pixel& corner, uint32_t column) {
   constexpr int pairs = width / 8, chunks = width / 32;

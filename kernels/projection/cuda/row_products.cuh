@@ -13,7 +13,7 @@ namespace fastres {
 enum class Output {
   bn,   // out = scale*D + shift (+ addend) (relu)
   raw,  // out = D, and the Welford partials of the rounded out: one per tile of rows
-  add,  // out = addend + D + shift (where gate > 0)
+  add,  // out = addend + D + shift (+ slope*input), and 0 where input <= 0 with relu
 };
 
 template <class T>
