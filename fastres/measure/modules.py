@@ -7,13 +7,14 @@ import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import fastres
-from fastres import memory, plan
+from fastres import backends, memory, plan
 
 from .gate import BASELINE, OURS, Named, Verdict, exact_arithmetic, in_poisoned_memory, judge, no_search
 
@@ -29,11 +30,14 @@ _SEEDS = 4
 
 
 class Flavour(NamedTuple):
-    """How a variant runs a module. mode: of torch.compile. backend: of fastres. Neither: eager PyTorch."""
+    """How a variant runs a module. mode: of torch.compile. backend: of fastres. Neither: eager PyTorch. stored: whether
+    blocks have their stored form whatever the plan says, with the library's convolutions.
+    """
 
     memory_format: torch.memory_format = torch.channels_last
     mode: str | None = None
     backend: str | None = None
+    stored: bool = False
 
     @property
     def graphs(self) -> bool:
@@ -42,11 +46,16 @@ class Flavour(NamedTuple):
 
 
 def flavours(dtype: torch.dtype, device: torch.device, modes: Sequence[str]) -> dict[str, Flavour]:
-    """By the name of the variant. "fastres library" only where "fastres" runs other kernels."""
+    """By the name of the variant. "fastres library" only where "fastres" runs other kernels, and "fastres stored" where
+    they are Triton's: the batch norm family's between the library's convolutions.
+    """
     found = {"eager NCHW": Flavour(torch.contiguous_format), STOCK: Flavour()}
     found["fastres"] = Flavour(backend="auto")
-    if plan.origins(dtype, device, "auto") != plan.origins(dtype, device, "library"):
+    origins = plan.origins(dtype, device, "auto")
+    if origins != plan.origins(dtype, device, "library"):
         found["fastres library"] = Flavour(backend="library")
+    if "triton" in origins.values():
+        found["fastres stored"] = Flavour(backend="auto", stored=True)
     return found | {f"compile {mode}": Flavour(mode=mode) for mode in modes}
 
 
@@ -56,6 +65,13 @@ def cannot_compile(device: torch.device) -> str | None:
         return None
     compiler = os.environ.get("CXX", "g++")
     return None if shutil.which(compiler) else f"torch.compile needs a C++ compiler, and there is no {compiler}"
+
+
+def _stored(k: SimpleNamespace) -> SimpleNamespace:
+    library = backends.load("library")
+    return SimpleNamespace(
+        **vars(k) | {name: getattr(library, name) for name in plan.BY_COST} | {"gram_folding": False}
+    )
 
 
 class Subject:
@@ -74,7 +90,21 @@ class Subject:
             # With fullgraph a baseline that cannot be compiled whole raises, and is not silently slow.
             self._call = torch.compile(self.module, mode=flavour.mode, fullgraph=True, dynamic=False)
 
+    def planned(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call by this flavour's plan: a step's backward too, which is made outside of the subject."""
+        if not self._flavour.stored:
+            return call
+
+        def run():
+            with plan.wrapping(_stored):
+                return call()
+
+        return run
+
     def __call__(self, x: Tensor) -> Tensor:
+        return self.planned(lambda: self._forward(x))()
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self._flavour.mode is not None and self._device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self._device.type, self.dtype, enabled=True) if self._mixed else contextlib.nullcontext():

@@ -19,6 +19,7 @@ _COLORS = {
     "compile reduce-overhead": "#2f5f9e",
     "fastres reference": "#ffd8a8",
     "fastres library": "#f4a261",
+    "fastres stored": "#ee8959",
     "fastres projection": "#9c2f06",
     "fastres": drawing.FUSED,
 }

@@ -190,6 +190,7 @@ class _Job:
             return Ready({}, verdict)
         x, target = self.inputs(0, self.shape[0])
         parts, finish = self.start(subject, x, target)
+        parts = {phase: subject.planned(part) for phase, part in parts.items()}
         saved = None if self.steps is None else subject.saved_bytes(subject.place(x))
         del x
         release()
@@ -199,7 +200,7 @@ class _Job:
     def _work(self, flavour: Flavour) -> Mapping[str, Work]:
         """By phase. The plan that is counted as today's is a GPU's, so that on a CPU ours has none."""
         if self.steps is None or (
-            flavour.backend is not None and (flavour.backend != "auto" or self.device.type == "cpu")
+            flavour.backend is not None and (flavour.backend != "auto" or flavour.stored or self.device.type == "cpu")
         ):
             return {}
         steps = self.steps("stock" if flavour.backend is None else "today")

@@ -5,6 +5,7 @@ import torch
 
 from fastres import cost, models, nn, plan
 from fastres.conversion import revert
+from fastres.kernels import library
 from fastres.measure import experiment, modules, timing, training
 from fastres.measure.modules import Flavour, Subject
 from fastres.memory import saved_bytes
@@ -99,6 +100,27 @@ def test_flavours_differ_where_the_plan_does(monkeypatch):
     assert "fastres library" not in modules.flavours(torch.float32, CPU, [])
     monkeypatch.setattr(plan, "origins", lambda dtype, device, backend: same | {"bn_act": backend})
     assert modules.flavours(torch.float32, CPU, [])["fastres library"].backend == "library"
+    assert "fastres stored" not in modules.flavours(torch.float32, CPU, [])
+    monkeypatch.setattr(plan, "origins", lambda dtype, device, backend: same | {"bn_act": "triton"})
+    assert modules.flavours(torch.float32, CPU, [])["fastres stored"].stored
+
+
+def test_a_stored_step_is_one_forward_and_backward(monkeypatch):
+    """By the library's convolutions: what a Gram-folded plan is to be faster than."""
+    called = []
+
+    def noting(name):
+        run = getattr(library, name)
+        monkeypatch.setattr(library, name, lambda *args, **kwargs: called.append(name) or run(*args, **kwargs))
+
+    for name in plan.BY_COST:
+        noting(name)
+    subject = Subject(revert(nn.Bottleneck(32, 8)), Flavour(backend="auto", stored=True), torch.float32, CPU)
+    x = subject.place(torch.randn(2, 32, 6, 6, requires_grad=True))
+    outputs = []
+    subject.planned(lambda: outputs.append(subject(x)))()
+    subject.planned(lambda: outputs.pop().sum().backward())()
+    assert set(called) == {"conv1x1", "conv1x1_dgrad", "conv1x1_wgrad"} and x.grad is not None
 
 
 def test_compilation_needs_time_in_proportion_to_the_model():
