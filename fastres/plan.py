@@ -6,9 +6,6 @@ and know nothing of backends. Flags beside the launchers say which lists of call
 - `k.gram_folding`: the block's own, Gram-folded list, or the stored one (`fastres.functional._residual`).
 - `k.fold_projection`: in a Gram-folded bottleneck, whether the projection is folded too, or its raw output stored.
 - `k.one_pass`: whether both gradients of a bottleneck's first conv come out of one pass (`conv1x1_bwd`).
-- `k.conv3x3_fuses`: whether what stands around a Gram-folded bottleneck's 3x3 conv (statistics, mask and sums, the
-  activation that is formed again for the wgrad) is the conv's own work, or the batch norm family's where the convs are
-  another namespace's.
 
 On a CPU launches cost little and blocks are folded for the memory, although the stored form can be the faster one
 there. On a GPU the flags follow from channel counts alone, so that no batch size changes what is saved for backward, by
@@ -43,6 +40,9 @@ _EXTENSION_IN_BLOCKS = ("projection_gram", "projection_conv", "projection_dgrad"
 
 BY_COST = ("conv1x1", "conv1x1_bwd", "conv1x1_dgrad", "conv1x1_wgrad", "expand", "expand_dgrad", "expand_wgrad", "gram")
 """Kernels whose matrix products the library may do faster than Triton: chosen call by call on a GPU."""
+
+CONV3X3 = ("conv3x3", "conv3x3_dgrad", "conv3x3_wgrad")
+"""Kernels that the library takes as a convolution with passes around it; those are Triton's where Triton runs."""
 
 # Where the extension's CPU kernels beat the library's on most of ResNet-50's shapes on an AMD EPYC with AVX-512
 # (benchmarks/kernels/test_projection.py): all four in float32, though not on layer1's wgrad and layer4's fprop; in
@@ -253,13 +253,15 @@ def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamesp
         # Products of float32 are the library's, where TF32 may be allowed.
         library = {name: getattr(modules[1], name) for name in BY_COST}
         chosen |= library if dtype == torch.float32 else {n: PerCall(n, (chosen[n], library[n])) for n in BY_COST}
+    if "triton" in namespaces:
+        passes = SimpleNamespace(**{name: chosen[name] for name in ("channel_stats", "bn_act", "bn_bwd_mask")})
+        chosen |= {n: functools.partial(chosen[n], passes=passes) for n in CONV3X3}
     everything = not on_gpu or namespaces == ("reference",)
     return SimpleNamespace(
         **chosen,
         gram_folding=everything,
         fold_projection=everything,
         one_pass=everything,
-        conv3x3_fuses=origin(chosen["conv3x3"]) == origin(chosen["bn_act"]),
     )
 
 
@@ -338,6 +340,13 @@ def choose(launcher: Callable, args: tuple, kwargs: dict[str, object]) -> Choice
     return launcher.choose(args, kwargs) if isinstance(launcher, PerCall) else Choice(launcher, "")
 
 
+def with_passes(launcher: Callable, change: Callable[[SimpleNamespace], SimpleNamespace]) -> Callable:
+    """A launcher of `CONV3X3` with its passes changed; any other as it is."""
+    if not isinstance(launcher, functools.partial):
+        return launcher
+    return functools.partial(launcher.func, passes=change(launcher.keywords["passes"]))
+
+
 def launchers(k: SimpleNamespace) -> dict[str, Callable]:
     """The launchers of a plan by name."""
     return {name: value for name, value in vars(k).items() if callable(value)}
@@ -347,4 +356,6 @@ def origin(launcher: Callable) -> str:
     """The namespace of `fastres.kernels` that a launcher is from; of a `PerCall`, that of its first."""
     if isinstance(launcher, PerCall):
         return next(iter(launcher.launchers))
+    if isinstance(launcher, functools.partial):
+        launcher = launcher.func
     return launcher.__module__.split(".kernels.")[1].split(".")[0]

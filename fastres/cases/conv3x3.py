@@ -54,6 +54,9 @@ def _run(options):
             **affine_grads(k, sums, t["bn"]),
             "dx": k.conv3x3_dgrad(t["dy"], t["weight"], size, **options)[0],
             "dx + residual": k.conv3x3_dgrad(t["dy"], t["weight"], size, **options, residual=t["residual"])[0],
+            "dx + residual, masked": k.conv3x3_dgrad(
+                t["dy"], t["weight"], size, **options, residual=t["residual"], mask=t["y"]
+            )[0],
             "dW": k.conv3x3_wgrad(t["y"], t["dy"], **options),
             "dW of relu(bn(y))": k.conv3x3_wgrad(t["y"], t["dy"], **options, bn=t["bn"]),
         }
@@ -79,6 +82,7 @@ def _stock(options):
             "dbeta": dbeta,
             "dx": dx,
             "dx + residual": dx + t["residual"],
+            "dx + residual, masked": relu_backward(dx + t["residual"], t["y"]),
             "dW": conv_grad.conv2d_weight(y, weight.shape, dy, **options),
             "dW of relu(bn(y))": conv_grad.conv2d_weight(nchw(z.relu()), weight.shape, dy, **options),
         }

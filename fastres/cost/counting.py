@@ -40,6 +40,7 @@ def counting(k: SimpleNamespace, traffic: Traffic, every: Bytes | None = None) -
             arguments = kernels.bind(kernel, args, kwargs)
             on_meta = any(t.device.type == "meta" for t in tensors(arguments))
             first = len(traffic.steps)
+            runs = plan.with_passes(runs, lambda passes: counting(passes, traffic))
             result = (getattr(reference, kernel) if on_meta and one_pass else runs)(*args, **kwargs)
             inside = traffic.steps[first:]
             del traffic.steps[first:]

@@ -59,7 +59,7 @@ def training_step(
     def wrap(k):
         if scheme != "complete":
             return counting(k, traffic)
-        k = plan.in_form(k, gram_folding=True, fold_projection=True, one_pass=False, conv3x3_fuses=True)
+        k = plan.in_form(k, gram_folding=True, fold_projection=True, one_pass=False)
         return counting(k, traffic, functools.partial(complete_bytes, places.get(traffic.unit, Place(True, True))))
 
     def expand(func):

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from fastres import parts
+from fastres import parts, plan
 from fastres.kernels import reference
 from fastres.parts import Part
 
 from . import kernels
-from .counting import ONE_PASS, contract_bytes
+from .counting import ONE_PASS, contract_bytes, counting
 from .traffic import Traffic, tensors
 
 LAUNCH = 3e-6
@@ -71,7 +71,8 @@ class Call:
                 passes = [work] + [(0, 0)] * (self.kernel.endswith(("wgrad", "bwd")) or self.kernel == "gram")
             else:
                 with Traffic(part) as traffic:
-                    launcher(*self.args, **self.kwargs)
+                    counted = plan.with_passes(launcher, lambda passes: counting(passes, traffic))
+                    counted(*self.args, **self.kwargs)
                 passes = [(step.bytes, step.flops) for step in traffic.steps]
         memory, products = MEMORY * part.bandwidth, PRODUCTS[namespace] * part.rate(dtype)
         return sum(LAUNCH + max(moved / memory, flops / products) for moved, flops in passes)

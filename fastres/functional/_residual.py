@@ -38,6 +38,11 @@ class Conv(NamedTuple):
     dilation: int = 1
     groups: int = 1
 
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """stride, dilation and groups, as `conv3x3` takes them."""
+        return self.stride, self.dilation, self.groups
+
     def output_shape(self, x: tuple[int, ...]) -> tuple[int, ...]:
         """NHWC shape of the output for an NHWC input of shape x."""
         n, h, w, _ = x
@@ -48,19 +53,18 @@ class Conv(NamedTuple):
     def fprop(self, k: SimpleNamespace, x: Tensor) -> Tensor:
         if self.weight.dim() == 2:
             return k.conv1x1(x, self.weight, self.stride, False)[0]
-        return k.conv3x3(x, self.weight, self.stride, self.dilation, self.groups, False)[0]
+        return k.conv3x3(x, self.weight, *self.geometry, False)[0]
 
     def dgrad(self, k: SimpleNamespace, dy: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """dx, of the shape of x, plus `residual`, whose memory it may take."""
         if self.weight.dim() == 2:
             return k.conv1x1_dgrad(dy, self.weight, x.shape[1:3], self.stride, residual=residual)
-        conv = self.stride, self.dilation, self.groups
-        return k.conv3x3_dgrad(dy, self.weight, x.shape[1:3], *conv, residual=residual)[0]
+        return k.conv3x3_dgrad(dy, self.weight, x.shape[1:3], *self.geometry, residual=residual)[0]
 
     def wgrad(self, k: SimpleNamespace, x: Tensor, dy: Tensor) -> Tensor:
         if self.weight.dim() == 2:
             return k.conv1x1_wgrad(x, dy, self.stride)
-        return k.conv3x3_wgrad(x, dy, self.stride, self.dilation, self.groups)
+        return k.conv3x3_wgrad(x, dy, *self.geometry)
 
 
 class Moments(NamedTuple):

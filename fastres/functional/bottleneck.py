@@ -14,8 +14,6 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fastres.kernels.reference.batch_norm import ChannelStats
-
 from ._batch_norm import BatchNormParams, finalize, fold
 from ._residual import Conv, Gradients, Layer, Moments, ResidualBlock, Saved, residual_block
 
@@ -39,7 +37,7 @@ def _forward(
     y1, stats = k.conv1x1(x, conv1.weight, conv1.stride, bns[0].batch_stats)
     bn1 = finalize(k, bns[0], stats, x.dtype)
     a1 = k.bn_act(y1, bn1)
-    y2, stats = _conv3x3(k, conv2, a1, bns[1].batch_stats)
+    y2, stats = k.conv3x3(a1, conv2.weight, *conv2.geometry, bns[1].batch_stats)
     bn2 = finalize(k, bns[1], stats, x.dtype)
     del a1
     rows = y2.shape[:3].numel()
@@ -95,9 +93,9 @@ def _backward(
         dy2, _ = k.bn_bwd_apply(g2, y2 if second.batch_stats else None, bn2, grad2)
         del g2
     if second.need_weight:
-        dw2 = _conv3x3_wgrad(k, second.conv, y1, bn1, dy2)
+        dw2 = k.conv3x3_wgrad(y1, dy2, *second.conv.geometry, bn1)
     if need_1:
-        g1, sums = _conv3x3_dgrad(k, second.conv, dy2, y1, bn1)
+        g1, sums = k.conv3x3_dgrad(dy2, second.conv.weight, y1.shape[1:3], *second.conv.geometry, y=y1, bn=bn1)
         grad1 = k.bn_bwd_finalize(sums, bn1, rows1 if first.batch_stats else None)
         del dy2
     formed = {"bn": bn1, "grad": grad1, "y": y1 if first.batch_stats else None}
@@ -118,29 +116,6 @@ def _backward(
             dx, dw_p, grad_p = _stored_projection(k, g, x, dx, projection, need_x)
         weights, grads = [*weights, dw_p], [*grads, grad_p]
     return Gradients(dx, g if need_shortcut else None, weights, grads)
-
-
-def _conv3x3(k: SimpleNamespace, conv: Conv, x: Tensor, with_stats: bool) -> tuple[Tensor, ChannelStats | None]:
-    """y and its statistics."""
-    if k.conv3x3_fuses:
-        return k.conv3x3(x, conv.weight, conv.stride, conv.dilation, conv.groups, with_stats)
-    y = conv.fprop(k, x)
-    return y, k.channel_stats(y) if with_stats else None
-
-
-def _conv3x3_wgrad(k: SimpleNamespace, conv: Conv, y: Tensor, bn: Tensor, dy: Tensor) -> Tensor:
-    """dW of a conv whose input was relu(scale*y + shift)."""
-    if k.conv3x3_fuses:
-        return k.conv3x3_wgrad(y, dy, conv.stride, conv.dilation, conv.groups, bn)
-    return conv.wgrad(k, k.bn_act(y, bn), dy)
-
-
-def _conv3x3_dgrad(k: SimpleNamespace, conv: Conv, dy: Tensor, y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient in front of `bn`, behind the ReLU's mask, and its sums."""
-    if k.conv3x3_fuses:
-        geometry = conv.stride, conv.dilation, conv.groups
-        return k.conv3x3_dgrad(dy, conv.weight, y.shape[1:3], *geometry, y=y, bn=bn)
-    return k.bn_bwd_mask(conv.dgrad(k, dy, y), y, bn)
 
 
 def _folded_projection(

@@ -43,6 +43,11 @@ def masked(g: Tensor, z: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(g, z, 0)
 
 
+def added(dx: Tensor, residual: Tensor | None) -> Tensor:
+    """dx, which may change, with the residual, which may not."""
+    return dx if residual is None else dx.add_(residual)
+
+
 def bn_sums(g: Tensor, y: Tensor, bn: Tensor) -> Tensor:
     """sum g and sum g*(y - mean), `[1, 2, C]` in acc, in one read of both."""
     if on_gpu(g):

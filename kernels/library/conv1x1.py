@@ -12,7 +12,7 @@ from torch import Tensor
 from ..reference._common import rows, strided_pixels
 from ..reference.batch_norm import ChannelStats
 from ..reference.conv2d import Pair
-from ._common import activation, bn_input_grad, masked, matmul_acc, on_gpu
+from ._common import activation, added, bn_input_grad, masked, matmul_acc, on_gpu
 from .batch_norm import channel_stats
 from .conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
 
@@ -51,22 +51,29 @@ def conv1x1_dgrad(
     grad: Tensor | None = None,
     y: Tensor | None = None,
     residual: Tensor | None = None,
+    keep_residual: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """As the reference; adds to the residual in place."""
-    dx = _dgrad(_raw_grad(g, y, bn, grad), weight, input_hw, stride, residual)
+    """As the reference; adds to the residual in place where it may."""
+    dx = _dgrad(_raw_grad(g, y, bn, grad), weight, input_hw, stride, residual, keep_residual)
     return dx if mask is None else masked(dx, mask)
 
 
-def _dgrad(dy: Tensor, weight: Tensor, input_hw: Pair, stride: int, residual: Tensor | None) -> Tensor:
+def _dgrad(
+    dy: Tensor, weight: Tensor, input_hw: Pair, stride: int, residual: Tensor | None, keep_residual: bool
+) -> Tensor:
     if _by_cudnn(dy):
-        dx = conv2d_dgrad(dy, weight[:, :, None, None], input_hw, (stride, stride))
-        return dx if residual is None else residual.add_(dx)
+        return added(conv2d_dgrad(dy, weight[:, :, None, None], input_hw, (stride, stride)), residual)
     shape = (dy.shape[0], *input_hw, weight.shape[1])
     if stride == 1:
-        dx = rows(dy) @ weight if residual is None else rows(residual).addmm_(rows(dy), weight)
+        if residual is None:
+            dx = rows(dy) @ weight
+        elif keep_residual:
+            dx = rows(residual).addmm(rows(dy), weight)
+        else:
+            dx = rows(residual).addmm_(rows(dy), weight)
         return dx.view(shape)
-    dx = dy.new_zeros(shape) if residual is None else residual
+    dx = dy.new_zeros(shape) if residual is None else residual.clone() if keep_residual else residual
     pixels = strided_pixels(dx, stride)
     pixels.add_((rows(dy) @ weight).view(pixels.shape))
     return dx
@@ -100,10 +107,11 @@ def conv1x1_bwd(
     grad: Tensor | None = None,
     y: Tensor | None = None,
     residual: Tensor | None = None,
+    keep_residual: bool = False,
     mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference, dy formed once; adds to the residual in place."""
+    """As the reference, dy formed once; adds to the residual in place where it may."""
     dy = _raw_grad(g, y, bn, grad)
     dw = _wgrad(x, dy, 1)
-    dx = _dgrad(dy, weight, x.shape[1:3], 1, residual)
+    dx = _dgrad(dy, weight, x.shape[1:3], 1, residual, keep_residual)
     return masked(dx, x) if mask else dx, dw

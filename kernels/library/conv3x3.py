@@ -1,22 +1,37 @@
-"""The residual blocks' 3x3 convolutions: the library's, with BN + ReLU, masks and sums as passes around them."""
+"""The residual blocks' 3x3 convolutions: the library's, with BN + ReLU, masks and sums as passes around them.
+
+Each function takes the namespace of those passes (`channel_stats`, `bn_act`, `bn_bwd_mask`) as a keyword besides: a
+plan may have a library's convolution with Triton's passes.
+"""
 
 from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
 
 from torch import Tensor
 
 from ..reference.batch_norm import ChannelStats
 from ..reference.conv2d import Pair
-from ._common import activation, affine, bn_sums, masked
-from .batch_norm import channel_stats
+from . import batch_norm
+from ._common import added, masked
 from .conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
+
+Passes = ModuleType | SimpleNamespace
 
 
 def conv3x3(
-    x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1, groups: int = 1, with_stats: bool = True
+    x: Tensor,
+    weight: Tensor,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    with_stats: bool = True,
+    *,
+    passes: Passes = batch_norm,
 ) -> tuple[Tensor, ChannelStats | None]:
     """As the reference."""
     y = conv2d(x, weight, (stride, stride), (dilation, dilation), (dilation, dilation), groups)
-    return y, channel_stats(y) if with_stats else None
+    return y, passes.channel_stats(y) if with_stats else None
 
 
 def conv3x3_dgrad(
@@ -30,19 +45,28 @@ def conv3x3_dgrad(
     y: Tensor | None = None,
     bn: Tensor | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    passes: Passes = batch_norm,
 ) -> tuple[Tensor, Tensor | None]:
     """As the reference."""
     square = (stride, stride), (dilation, dilation), (dilation, dilation)
     dx = conv2d_dgrad(dy, weight, input_hw, *square, groups)
-    if bn is None:
-        return dx if residual is None else residual.add_(dx), None
-    g = masked(dx, affine(y, bn[2], bn[3]))
-    return g, bn_sums(g, y, bn)
+    if bn is not None:
+        return passes.bn_bwd_mask(dx, y, bn)
+    dx = added(dx, residual)
+    return dx if mask is None else masked(dx, mask), None
 
 
 def conv3x3_wgrad(
-    x: Tensor, dy: Tensor, stride: int = 1, dilation: int = 1, groups: int = 1, bn: Tensor | None = None
+    x: Tensor,
+    dy: Tensor,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    bn: Tensor | None = None,
+    *,
+    passes: Passes = batch_norm,
 ) -> Tensor:
     """As the reference."""
     square = (stride, stride), (dilation, dilation), (dilation, dilation)
-    return conv2d_wgrad(x if bn is None else activation(x, bn), dy, (3, 3), *square, groups)
+    return conv2d_wgrad(x if bn is None else passes.bn_act(x, bn), dy, (3, 3), *square, groups)

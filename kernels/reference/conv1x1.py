@@ -38,14 +38,16 @@ def conv1x1_dgrad(
     grad: Tensor | None = None,
     y: Tensor | None = None,
     residual: Tensor | None = None,
+    keep_residual: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
     """dx `[N, H, W, C]` = dy W (+ residual), masked by a ReLU where `mask` is given.
 
     g `[N, Ho, Wo, K]` is dy; or, with `bn` and `grad`, the gradient of that BN's output, from which dy =
     scale*(g + b*y + c) is formed on load, `y` `[N, Ho, Wo, K]` being the BN's raw input, None for constant statistics.
-    residual `[N, H, W, C]`: dx may take its memory. Pixels that the stride skips get the residual alone. mask
-    `[N, H, W, C]`: the conv's input, a ReLU's output; for a block in front that expects its gradient masked by it.
+    residual `[N, H, W, C]`: dx may take its memory, unless `keep_residual`. Pixels that the stride skips get the
+    residual alone. mask `[N, H, W, C]`: the conv's input, a ReLU's output; for a block in front that expects its
+    gradient masked by it.
     """
     dx_s = acc(_raw_grad(g, y, bn, grad)) @ acc(weight)
     dx = dx_s.new_zeros(g.shape[0], *input_hw, weight.shape[1]) if residual is None else acc(residual).clone()
@@ -76,6 +78,7 @@ def conv1x1_bwd(
     grad: Tensor | None = None,
     y: Tensor | None = None,
     residual: Tensor | None = None,
+    keep_residual: bool = False,
     mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`conv1x1_dgrad` and `conv1x1_wgrad` of a conv of stride 1: `(dx, dW)`; with `mask`, dx is masked by x."""

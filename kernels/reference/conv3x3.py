@@ -32,17 +32,20 @@ def conv3x3_dgrad(
     y: Tensor | None = None,
     bn: Tensor | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dx `[N, H, W, C]` from dy `[N, Ho, Wo, K]`, in one of two forms.
 
     With `y` `[N, H, W, C]` and `bn`: the conv's input was relu(scale*y + shift), so dx is masked by that ReLU and comes
-    with the sums `[P, 2, C]` of `bn_bwd_reduce`. Without: dx, plus `residual` `[N, H, W, C]` where given
-    (dx may take its memory), and None.
+    with the sums `[P, 2, C]` of `bn_bwd_reduce`. Without: dx, plus `residual` `[N, H, W, C]` where given, and None;
+    with `mask` `[N, H, W, C]`, the conv's input and a ReLU's output, masked by it for a block in front that expects so.
     """
     square = (stride, stride), (dilation, dilation), (dilation, dilation)
     dx = conv2d_dgrad(dy, weight, input_hw, *square, groups)
     if bn is None:
-        return dx if residual is None else dx + residual, None
+        if residual is not None:
+            dx = (acc(dx) + acc(residual)).to(dx.dtype)
+        return dx if mask is None else masked(dx, mask), None
     g = masked(dx, acc(y) * bn[2] + bn[3])
     return g, centred_sums(g, y, bn)
 

@@ -343,10 +343,11 @@ def conv1x1_dgrad(
     grad: Tensor | None = None,
     y: Tensor | None = None,
     residual: Tensor | None = None,
+    keep_residual: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
     """dx = dy W (+ residual, masked); reads g (y, residual, mask), writes dx into residual's memory where there is
-    one. See the reference.
+    one and it may. See the reference.
 
     Raises as `conv1x1` does.
     """
@@ -358,6 +359,8 @@ def conv1x1_dgrad(
     check_dense(kernel, shape, (g.dtype,), g.device, residual=residual, mask=mask)
     n, h, w, _ = shape
     dx = residual
+    if dx is not None and keep_residual:
+        dx = torch.empty_like(residual) if stride == 1 else residual.clone()
     if dx is None:
         make = torch.empty if stride == 1 else torch.zeros
         dx = make(shape, dtype=g.dtype, device=g.device)
@@ -452,9 +455,11 @@ def conv1x1_bwd(
     grad: Tensor | None = None,
     y: Tensor | None = None,
     residual: Tensor | None = None,
+    keep_residual: bool = False,
     mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dW; reads x, g (y, residual), writes dx, into residual's memory where there is one. See the reference.
+    """dx and dW; reads x, g (y, residual), writes dx, into residual's memory where there is one and it may. See the
+    reference.
 
     float32 and more than `ONE_PASS_CHANNELS` output channels, of which no tile holds all, take the two kernels.
 
@@ -467,11 +472,11 @@ def conv1x1_bwd(
     if g.dtype == torch.float32 or k > ONE_PASS_CHANNELS:
         through = {"bn": bn, "grad": grad, "y": y}
         dw = conv1x1_wgrad(x, g, **through)
-        hw = x.shape[1:3]
-        return conv1x1_dgrad(g, weight, hw, **through, residual=residual, mask=x if mask else None), dw
+        through |= {"residual": residual, "keep_residual": keep_residual, "mask": x if mask else None}
+        return conv1x1_dgrad(g, weight, x.shape[1:3], **through), dw
     check_dense(kernel, (k, c), (g.dtype,), g.device, weight=weight)
     check_dense(kernel, tuple(x.shape), (g.dtype,), g.device, residual=residual)
-    dx = torch.empty_like(x) if residual is None else residual
+    dx = torch.empty_like(x) if residual is None or keep_residual else residual
     rows = g.shape[:3].numel()
     if x.numel() == 0:
         return dx, torch.zeros(k, c, dtype=torch.float32, device=g.device)

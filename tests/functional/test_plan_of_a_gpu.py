@@ -64,9 +64,11 @@ def without_our_kernels(k):
 
         return call
 
-    ours = {name: unwatched(name) for name, launcher in plan.launchers(k).items() if plan.origin(launcher) == "triton"}
-    assert ours
-    return type(k)(**vars(k) | ours)
+    changed = {
+        name: unwatched(name) if plan.origin(launcher) == "triton" else plan.with_passes(launcher, without_our_kernels)
+        for name, launcher in plan.launchers(k).items()
+    }
+    return type(k)(**vars(k) | changed)
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=str)
@@ -123,7 +125,7 @@ def twins(name):
 
 FORMS = {
     "folded": {"gram_folding": True},
-    "folded, as on a GPU": {"gram_folding": True, "fold_projection": False, "conv3x3_fuses": False},
+    "folded, as on a GPU": {"gram_folding": True, "fold_projection": False},
     "stored": {"gram_folding": False},
 }
 
@@ -196,8 +198,8 @@ def test_a_grad_scaler_skips_a_step_that_is_not_finite_as_with_stock(form):
 
 
 GPU_FORMS = {
-    "projection stored, one pass": {"fold_projection": False, "conv3x3_fuses": False, "one_pass": True},
-    "projection folded, two kernels": {"fold_projection": True, "conv3x3_fuses": False, "one_pass": False},
+    "projection stored, one pass": {"fold_projection": False, "one_pass": True},
+    "projection folded, two kernels": {"fold_projection": True, "one_pass": False},
 }
 
 
@@ -230,7 +232,7 @@ def test_a_bottleneck_by_tritons_kernels(stride, channels, training):
     from fastres.kernels import triton
 
     ours = {name: getattr(triton, name) for name in triton.__all__}
-    flags = {"conv3x3_fuses": False, "fold_projection": False}
+    flags = {"fold_projection": False}
     found = [{}, {}, {}]
     # Of several seeds together: a ReLU's mask that rounding flips outweighs all arithmetic of one.
     for seed in range(4):

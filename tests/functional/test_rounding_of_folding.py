@@ -101,7 +101,7 @@ def _triton(k: SimpleNamespace) -> SimpleNamespace:
     from fastres.kernels import triton
 
     ours = {name: getattr(triton, name) for name in triton.__all__}
-    return SimpleNamespace(**vars(k) | ours | {"gram_folding": True, "fold_projection": True, "conv3x3_fuses": False})
+    return SimpleNamespace(**vars(k) | ours | {"gram_folding": True, "fold_projection": True})
 
 
 @dataclass(frozen=True)
