@@ -30,6 +30,7 @@ class Case:
     static: dtypes and sizes for which the Triton kernels are compiled offline, one of each configuration; bfloat16
         stands for float16 too.
     tiles: how many of the tiles that a Triton GEMM can choose from `static` is for, the preferred one first.
+    small: what of the sizes in `static` is made smaller for Triton's interpreter, and leaves the configuration.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Case:
     sizes: dict[str, object] = field(default_factory=dict)
     static: tuple[tuple[torch.dtype, dict[str, object]], ...] = ()
     tiles: int = 1
+    small: dict[str, object] = field(default_factory=lambda: {"n": 2, "h": 5, "w": 7})
 
 
 class Maker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.nn import functional as F
 from torch.nn import grad as conv_grad
 
@@ -19,6 +20,22 @@ from ._common import (
 )
 
 SIZES = {"n": 2, "h": 9, "w": 8, "c": 24, "k": 16}
+_BF16, _F32 = torch.bfloat16, torch.float32
+
+
+def _sizes(h, w, c, k):
+    return {"n": 2, "h": h, "w": w, "c": c, "k": k}
+
+
+# In the boxes that cover ResNet-50's maps at 224x224, of which these small ones are a tile; all that needs masks; then
+# channels that TMA does not take, and float32.
+_BOXES = (_sizes(8, 8, 64, 64), _sizes(4, 4, 128, 128), _sizes(2, 2, 64, 256), _sizes(1, 1, 128, 64))
+_RAGGED = _sizes(7, 9, 24, 80)
+_GENERAL = _sizes(5, 7, 36, 20)
+STATIC = (*((_BF16, sizes) for sizes in (*_BOXES, _RAGGED, _GENERAL)), (_F32, _sizes(5, 7, 64, 64)))
+# Even sizes, which TMA takes by pairs; odd ones; and channels that do not fill a load.
+STRIDED = tuple((_BF16, _sizes(*hwck)) for hwck in ((8, 8, 64, 64), (8, 8, 128, 128), (7, 9, 64, 64), (8, 8, 24, 80)))
+_STATIC = {"": STATIC, "stride": STRIDED}
 
 
 def _named(options):
@@ -98,6 +115,9 @@ CASES = [
         _run(options),
         _stock(options),
         SIZES,
+        _STATIC.get("".join(options), ()),
+        tiles=2,
+        small={},
     )
     for options in ({}, {"stride": 2}, {"dilation": 2}, {"groups": 4})
 ]

@@ -15,6 +15,7 @@ from .batch_norm import (
     channel_stats,
 )
 from .conv1x1 import conv1x1, conv1x1_bwd, conv1x1_dgrad, conv1x1_wgrad
+from .conv3x3 import conv3x3, conv3x3_dgrad, conv3x3_wgrad
 from .expand import expand, expand_dgrad, expand_wgrad
 from .gram import gram, gram_bwd, gram_finalize
 from .stem import stem_pool, stem_pool_bwd
@@ -32,6 +33,9 @@ __all__ = [
     "conv1x1_bwd",
     "conv1x1_dgrad",
     "conv1x1_wgrad",
+    "conv3x3",
+    "conv3x3_dgrad",
+    "conv3x3_wgrad",
     "expand",
     "expand_dgrad",
     "expand_wgrad",

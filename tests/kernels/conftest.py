@@ -163,7 +163,7 @@ def check_configuration(compiled, compare, poisoned, launched, monkeypatch):
             launched.clear()
             monkeypatch.setattr(_common, "PART_WITHOUT_GPU", part)
             monkeypatch.setattr(_common, "_part_of_gpu", lambda index, part=part: part)
-            compare(cases.BY_NAME[wanted.case], dtype, dict(wanted.sizes) | {"n": 2, "h": 5, "w": 7}, bounds)
+            compare(cases.BY_NAME[wanted.case], dtype, dict(wanted.sizes) | cases.BY_NAME[wanted.case].small, bounds)
             assert launched == configurations
 
     return check
