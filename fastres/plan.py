@@ -21,7 +21,7 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.reference.conv1x1 import ONE_PASS_CHANNELS
+from fastres.kernels.reference.conv3x3 import in_boxes
 
 from . import backends, tuned
 from .parts import Part
@@ -38,16 +39,23 @@ ENVIRONMENT_VARIABLE = "FASTRES_BACKEND"
 _FOLDED_PROJECTION = ("projection_gram", "projection_fprop", "projection_wgrad", "projection_dgrad")
 _EXTENSION_IN_BLOCKS = ("projection_gram", "projection_conv", "projection_dgrad")
 
-BY_COST = ("conv1x1", "conv1x1_bwd", "conv1x1_dgrad", "conv1x1_wgrad", "expand", "expand_dgrad", "expand_wgrad", "gram")
-"""Kernels whose matrix products the library may do faster than Triton: chosen call by call on a GPU."""
-
 CONV3X3 = ("conv3x3", "conv3x3_dgrad", "conv3x3_wgrad")
 """Kernels that the library takes as a convolution with passes around it; those are Triton's where Triton runs."""
+
+BY_COST = (
+    *("conv1x1", "conv1x1_bwd", "conv1x1_dgrad", "conv1x1_wgrad"),
+    *CONV3X3,
+    *("expand", "expand_dgrad", "expand_wgrad", "gram"),
+)
+"""Kernels whose matrix products the library may do faster than Triton: chosen call by call on a GPU."""
 
 # Where the extension's CPU kernels beat the library's on most of ResNet-50's shapes on an AMD EPYC with AVX-512
 # (benchmarks/kernels/test_projection.py): all four in float32, though not on layer1's wgrad and layer4's fprop; in
 # bfloat16, where oneDNN multiplies natively, only the Gram, while the library's dgrad still summed in bfloat16.
 _EXTENSION_ON_CPU = {torch.float32: _FOLDED_PROJECTION, torch.bfloat16: ("projection_gram",)}
+
+_PADDED = (4, 8)
+"""Channels that a convolution of images in 16 bits may be padded to on a GPU."""
 
 _wrap: Callable[[SimpleNamespace], SimpleNamespace] | None = None
 _device: torch.device | None = None
@@ -62,14 +70,22 @@ class Choice(NamedTuple):
 
 
 class PerCall:
-    """A launcher that hands each call to the fastest of several, those of different namespaces for one kernel.
+    """A launcher that hands each call to the fastest of several for one kernel.
 
     Seconds are the tuned table's where it has the call for all of them, else modelled (`fastres.cost.seconds`). The
     first call of new shapes works them out; those after it find them.
+
+    launchers: by name, a namespace or a form of one ("pad 8"). only_library: gives, for the arguments of
+    a call by name, the reason why none but the library's should take it, or None.
     """
 
-    def __init__(self, kernel: str, launchers: Sequence[Callable]):
-        self.kernel, self.launchers = kernel, {origin(launcher): launcher for launcher in launchers}
+    def __init__(
+        self,
+        kernel: str,
+        launchers: dict[str, Callable],
+        only_library: Callable[[dict[str, object]], str | None] | None = None,
+    ):
+        self.kernel, self.launchers, self.only_library = kernel, launchers, only_library
         self._choices: dict[tuple, Choice] = {}
 
     def __call__(self, *args, **kwargs):
@@ -87,6 +103,9 @@ class PerCall:
         from .cost import seconds  # which imports this module
 
         call = seconds.Call.of(self.kernel, args, kwargs)
+        reason = self.only_library and self.only_library(call.arguments)
+        if reason is not None:
+            return Choice(self.launchers["library"], reason)
         found, how = tuned.seconds(call.device, call.label), "measured"
         if found is None or not set(self.launchers) <= set(found):
             found = {name: call.modelled(name, launcher, _part) for name, launcher in self.launchers.items()}
@@ -95,6 +114,17 @@ class PerCall:
         best, *others = (f"{1e6 * found[name]:.0f}" for name in ordered)
         left = ", ".join(f"{name} {other}" for name, other in zip(ordered[1:], others, strict=True))
         return Choice(self.launchers[ordered[0]], f"{how} {best}, {left}")
+
+
+def _not_in_boxes(arguments: dict[str, object]) -> str | None:
+    if in_boxes(*(arguments[name] for name in ("stride", "dilation", "groups"))):
+        return None
+    return "Triton has no groups, and no dilation at a stride"
+
+
+def _not_of_images(arguments: dict[str, object]) -> str | None:
+    few = arguments["x"].shape[-1] < min(_PADDED)
+    return None if few and arguments["groups"] == 1 else "there is nothing to pad"
 
 
 def _shape(value: object) -> object:
@@ -250,12 +280,19 @@ def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamesp
         extension = backends.load("projection")
         chosen |= {name: getattr(extension, name) for name in _EXTENSION_ON_CPU.get(dtype, ())}
     if backend == "auto" and "triton" in namespaces:
-        # Products of float32 are the library's, where TF32 may be allowed.
-        library = {name: getattr(modules[1], name) for name in BY_COST}
-        chosen |= library if dtype == torch.float32 else {n: PerCall(n, (chosen[n], library[n])) for n in BY_COST}
-    if "triton" in namespaces:
         passes = SimpleNamespace(**{name: chosen[name] for name in ("channel_stats", "bn_act", "bn_bwd_mask")})
-        chosen |= {n: functools.partial(chosen[n], passes=passes) for n in CONV3X3}
+        library = {name: getattr(modules[1], name) for name in BY_COST}
+        library |= {name: functools.partial(library[name], passes=passes) for name in CONV3X3}
+        if dtype == torch.float32:
+            # Products are the library's, where TF32 may be allowed.
+            chosen |= library
+        else:
+            only_library = dict.fromkeys(CONV3X3, _not_in_boxes)
+            for name in BY_COST:
+                launchers = {"triton": chosen[name], "library": library[name]}
+                chosen[name] = PerCall(name, launchers, only_library.get(name))
+    if backend == "auto" and on_gpu and dtype.itemsize == 2:
+        chosen |= {name: _of_images(name, chosen[name]) for name in ("conv2d", "conv2d_wgrad")}
     everything = not on_gpu or namespaces == ("reference",)
     return SimpleNamespace(
         **chosen,
@@ -263,6 +300,12 @@ def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamesp
         fold_projection=everything,
         one_pass=everything,
     )
+
+
+def _of_images(kernel: str, launcher: Callable) -> PerCall:
+    padded = getattr(backends.load("library.padded"), kernel)
+    forms = {f"pad {count}": functools.partial(padded, channels=count) for count in _PADDED}
+    return PerCall(kernel, {"library": launcher} | forms, _not_of_images)
 
 
 @functools.cache
@@ -342,7 +385,7 @@ def choose(launcher: Callable, args: tuple, kwargs: dict[str, object]) -> Choice
 
 def with_passes(launcher: Callable, change: Callable[[SimpleNamespace], SimpleNamespace]) -> Callable:
     """A launcher of `CONV3X3` with its passes changed; any other as it is."""
-    if not isinstance(launcher, functools.partial):
+    if not isinstance(launcher, functools.partial) or "passes" not in launcher.keywords:
         return launcher
     return functools.partial(launcher.func, passes=change(launcher.keywords["passes"]))
 
@@ -355,7 +398,7 @@ def launchers(k: SimpleNamespace) -> dict[str, Callable]:
 def origin(launcher: Callable) -> str:
     """The namespace of `fastres.kernels` that a launcher is from; of a `PerCall`, that of its first."""
     if isinstance(launcher, PerCall):
-        return next(iter(launcher.launchers))
+        launcher = next(iter(launcher.launchers.values()))
     if isinstance(launcher, functools.partial):
         launcher = launcher.func
     return launcher.__module__.split(".kernels.")[1].split(".")[0]

@@ -209,13 +209,55 @@ class TestPerCall:
         assert self.conv(802_816, 256, 64).reason.startswith("modelled")
 
     def test_the_calls_result_is_the_chosen_launchers(self, monkeypatch):
-        k = plan.PerCall("conv1x1", (library.conv1x1, reference.conv1x1))
+        k = plan.PerCall("conv1x1", {"library": library.conv1x1, "reference": reference.conv1x1})
         x, weight = torch.randn(1, 2, 2, 8), torch.randn(4, 8)
         for first, second in (("library", "reference"), ("reference", "library")):
             monkeypatch.setattr(plan.tuned, "seconds", lambda *_, t={first: 1.0, second: 2.0}: t)
             k._choices.clear()
             expected = {"library": library, "reference": reference}[first].conv1x1(x, weight)[0]
             assert torch.equal(k(x, weight)[0], expected)
+
+    def conv3x3(self, stride=1, dilation=1, groups=1, kernel="conv3x3"):
+        shapes = {"conv3x3": [(256, 56, 56, 64), (64, 64 // groups, 3, 3)]}
+        shapes["conv3x3_dgrad"] = [(256, 56, 56, 64), (64, 64 // groups, 3, 3)]
+        tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes[kernel]]
+        k = plan.resolve(torch.bfloat16, META)
+        if kernel == "conv3x3":
+            return plan.choose(k.conv3x3, (*tensors, stride, dilation, groups), {})
+        bn = torch.empty(4, 64, device="meta")
+        return plan.choose(k.conv3x3_dgrad, (*tensors, (56, 56)), {"y": tensors[0], "bn": bn})
+
+    def test_a_3x3_convs_passes_are_tritons_whoever_convolves(self):
+        fprop, dgrad = self.conv3x3(), self.conv3x3(kernel="conv3x3_dgrad")
+        assert plan.origin(fprop.launcher) == "library" and plan.origin(dgrad.launcher) == "triton"
+        passes = fprop.launcher.keywords["passes"]
+        assert {plan.origin(launcher) for launcher in plan.launchers(passes).values()} == {"triton"}
+        # Three passes of 64 channels in 16 bits and a product, against one that does it all.
+        triton, library = map(int, re.fullmatch(r"modelled (\d+), library (\d+)", dgrad.reason).groups())
+        product = 2 * 9 * 64 * 64 * 802_816 / 989.5e6
+        assert triton == pytest.approx(3 + product / 0.4, abs=1)
+        assert library == pytest.approx(6 + product / 0.6 + 3 * 128 * 802_816 / 3.6e6, abs=1)
+
+    @pytest.mark.parametrize("form", [{"groups": 4}, {"stride": 2, "dilation": 2}])
+    def test_what_triton_has_not_is_the_librarys_without_a_choice(self, form):
+        choice = self.conv3x3(**form)
+        assert plan.origin(choice.launcher) == "library"
+        assert choice.reason == "Triton has no groups, and no dilation at a stride"
+
+    def test_images_are_padded_where_that_was_measured_to_be_faster(self, monkeypatch):
+        k = plan.resolve(torch.bfloat16, META)
+
+        def stem(channels):
+            x = torch.empty(2, 224, 224, channels, dtype=torch.bfloat16, device="meta")
+            weight = torch.empty(64, channels, 7, 7, dtype=torch.bfloat16, device="meta")
+            return plan.choose(k.conv2d, (x, weight, (2, 2), (3, 3)), {})
+
+        assert re.fullmatch(r"modelled \d+, pad 4 \d+, pad 8 \d+", stem(3).reason)
+        table = {"library": 3.0, "pad 4": 2.0, "pad 8": 1.0}
+        monkeypatch.setattr(plan.tuned, "seconds", lambda device, label: table)
+        k.conv2d._choices.clear()
+        assert stem(3).launcher.keywords == {"channels": 8}
+        assert stem(4).reason == "there is nothing to pad"
 
     def test_choosing_is_not_seen_by_modes_around(self):
         """A counter around a training step must not count the model's own operators."""

@@ -62,9 +62,10 @@ class Maker:
         return (self._random(shape, torch.randn) + mean).to(self.dtype)
 
     def weight(self, *shape: int) -> Tensor:
-        """He-initialised weights `[K, C, ...]` in the activation dtype."""
+        """He-initialised weights `[K, C, ...]` in the activation dtype, in channels_last memory as a model's."""
         fan_in = max(1, torch.Size(shape[1:]).numel())
-        return (self._random(shape, torch.randn) * (2 / fan_in) ** 0.5).to(self.dtype)
+        weight = (self._random(shape, torch.randn) * (2 / fan_in) ** 0.5).to(self.dtype)
+        return weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
 
     def vector(self, channels: int, low: float = 0.5, high: float = 1.5) -> Tensor:
         """Uniform values `[C]` in acc."""

@@ -35,7 +35,8 @@ _GENERAL = _sizes(5, 7, 36, 20)
 STATIC = (*((_BF16, sizes) for sizes in (*_BOXES, _RAGGED, _GENERAL)), (_F32, _sizes(5, 7, 64, 64)))
 # Even sizes, which TMA takes by pairs; odd ones; and channels that do not fill a load.
 STRIDED = tuple((_BF16, _sizes(*hwck)) for hwck in ((8, 8, 64, 64), (8, 8, 128, 128), (7, 9, 64, 64), (8, 8, 24, 80)))
-_STATIC = {"": STATIC, "stride": STRIDED}
+FORM = ((_BF16, _BOXES[0]),)
+"""For what differs from the main form of a kernel in its loads or its epilogue."""
 
 
 def _named(options):
@@ -62,20 +63,13 @@ def _run(options):
 
     def run(k, t):
         out, stats = k.conv3x3(t["y"], t["weight"], **options)
-        size = t["y"].shape[1:3]
-        masked, sums = k.conv3x3_dgrad(t["dy"], t["weight"], size, **options, y=t["y"], bn=t["bn"])
+        masked, sums = k.conv3x3_dgrad(t["dy"], t["weight"], t["y"].shape[1:3], **options, y=t["y"], bn=t["bn"])
         return {
             "y": out,
             **merged(stats),
-            "masked dx": masked,
+            "dx": masked,
             **affine_grads(k, sums, t["bn"]),
-            "dx": k.conv3x3_dgrad(t["dy"], t["weight"], size, **options)[0],
-            "dx + residual": k.conv3x3_dgrad(t["dy"], t["weight"], size, **options, residual=t["residual"])[0],
-            "dx + residual, masked": k.conv3x3_dgrad(
-                t["dy"], t["weight"], size, **options, residual=t["residual"], mask=t["y"]
-            )[0],
-            "dW": k.conv3x3_wgrad(t["y"], t["dy"], **options),
-            "dW of relu(bn(y))": k.conv3x3_wgrad(t["y"], t["dy"], **options, bn=t["bn"]),
+            "dW": k.conv3x3_wgrad(t["y"], t["dy"], **options, bn=t["bn"]),
         }
 
     return run
@@ -87,37 +81,71 @@ def _stock(options):
     def stock(t):
         y, weight, dy = nchw(t["y"]), t["weight"], nchw(t["dy"])
         out = nhwc(F.conv2d(y, weight, None, **options))
-        dx = nhwc(conv_grad.conv2d_input(y.shape, weight, dy, **options))
         z = batch_norm(t["y"], t["bn"])
-        masked = relu_backward(dx, z)
+        masked = relu_backward(nhwc(conv_grad.conv2d_input(y.shape, weight, dy, **options)), z)
         _, dgamma, dbeta = batch_norm_backward(masked, t["y"], t["bn"])
         return {
             "y": out,
             **statistics(out),
-            "masked dx": masked,
+            "dx": masked,
             "dgamma": dgamma,
             "dbeta": dbeta,
-            "dx": dx,
-            "dx + residual": dx + t["residual"],
-            "dx + residual, masked": relu_backward(dx + t["residual"], t["y"]),
-            "dW": conv_grad.conv2d_weight(y, weight.shape, dy, **options),
-            "dW of relu(bn(y))": conv_grad.conv2d_weight(nchw(z.relu()), weight.shape, dy, **options),
+            "dW": conv_grad.conv2d_weight(nchw(z.relu()), weight.shape, dy, **options),
         }
 
     return stock
 
 
+def _run_plain(options):
+    options = _named(options)
+
+    def run(k, t):
+        def dgrad(**more):
+            return k.conv3x3_dgrad(t["dy"], t["weight"], t["y"].shape[1:3], **options, **more)[0]
+
+        return {
+            "y": k.conv3x3(t["y"], t["weight"], **options, with_stats=False)[0],
+            "dx": dgrad(),
+            "dx + residual": dgrad(residual=t["residual"]),
+            "dx + residual, masked": dgrad(residual=t["residual"], mask=t["y"]),
+            "dW": k.conv3x3_wgrad(t["y"], t["dy"], **options),
+        }
+
+    return run
+
+
+def _stock_plain(options):
+    options = _as_conv2d(options)
+
+    def stock(t):
+        y, weight, dy = nchw(t["y"]), t["weight"], nchw(t["dy"])
+        dx = nhwc(conv_grad.conv2d_input(y.shape, weight, dy, **options))
+        return {
+            "y": nhwc(F.conv2d(y, weight, None, **options)),
+            "dx": dx,
+            "dx + residual": dx + t["residual"],
+            "dx + residual, masked": relu_backward(dx + t["residual"], t["y"]),
+            "dW": conv_grad.conv2d_weight(y, weight.shape, dy, **options),
+        }
+
+    return stock
+
+
+def _case(form, options, run, stock, static):
+    name = f"conv3x3{form}{''.join(f', {name} {value}' for name, value in options.items())}"
+    kernels = "conv3x3", "conv3x3_dgrad", "conv3x3_wgrad"
+    tiles = 1 if static is FORM else 2
+    return Case(name, kernels, _make(options), run(options), stock(options), SIZES, static, tiles, small={})
+
+
 CASES = [
-    Case(
-        f"conv3x3{''.join(f', {name} {value}' for name, value in options.items())}",
-        ("conv3x3", "conv3x3_dgrad", "conv3x3_wgrad"),
-        _make(options),
-        _run(options),
-        _stock(options),
-        SIZES,
-        _STATIC.get("".join(options), ()),
-        tiles=2,
-        small={},
-    )
-    for options in ({}, {"stride": 2}, {"dilation": 2}, {"groups": 4})
+    # With statistics; in front of a BN + ReLU that dgrad masks by and sums up for; and behind it, which wgrad forms.
+    *(
+        _case("", options, _run, _stock, static)
+        for options, static in (({}, STATIC), ({"stride": 2}, STRIDED), ({"dilation": 2}, ()), ({"groups": 4}, ()))
+    ),
+    *(
+        _case(", plain", options, _run_plain, _stock_plain, static)
+        for options, static in (({}, FORM), ({"stride": 2}, ()), ({"groups": 4}, ()))
+    ),
 ]

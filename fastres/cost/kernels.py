@@ -36,9 +36,11 @@ _UPDATED = {
     "bn_finalize": ("running_mean", "running_var", "num_batches_tracked"),
     "gram_finalize": ("running_mean", "running_var", "num_batches_tracked"),
     "projection_dgrad": ("dx",),
-    "bn_bwd_mask": ("g",),
 }
 """Arguments that are written as well as read."""
+
+_CHANGED = ("bn_bwd_mask",)
+"""Kernels whose results are written even where they are arguments; the reference's are not."""
 
 
 @functools.cache
@@ -68,7 +70,7 @@ def writes(kernel: str, arguments: Arguments, result: object) -> int:
     if kernel == "conv1x1_dgrad" and arguments["stride"] > 1 and arguments["residual"] is not None:
         return reads(kernel, arguments)["residual"]
     given = {id(t) for value in arguments.values() for t in tensors(value)}
-    made = sum(touched(t) for t in tensors(result) if id(t) not in given)
+    made = sum(touched(t) for t in tensors(result) if id(t) not in given or kernel in _CHANGED)
     read = reads(kernel, arguments)
     return made + sum(read.get(name, 0) for name in _UPDATED.get(kernel, ()))
 

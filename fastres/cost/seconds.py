@@ -30,7 +30,7 @@ MEMORY = 0.75
 """Of the datasheet's bandwidth, what a kernel moves by."""
 
 PRODUCTS = {"triton": 0.4, "library": 0.6}
-"""Of the datasheet's dense rate, what matrix products run at, by namespace."""
+"""Of the datasheet's dense rate, what matrix products run at, by namespace; forms of the library run at its rate."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,26 @@ class Call:
         return Call(kernel, args, kwargs, device)
 
     @property
+    def arguments(self) -> kernels.Arguments:
+        """By name, defaults included."""
+        return kernels.bind(self.kernel, self.args, self.kwargs)
+
+    @property
     def label(self) -> str:
         """The kernel, the dtype of its first tensor, and every argument: shapes of tensors, values of others."""
-        arguments = kernels.bind(self.kernel, self.args, self.kwargs)
+        arguments = self.arguments
         dtype = str(tensors(arguments)[0].dtype).removeprefix("torch.")
         shown = (f"{name} {_text(value)}" for name, value in arguments.items() if value is not None)
         return f"{self.kernel} {dtype}: {', '.join(shown)}"
 
     def modelled(self, namespace: str, launcher: Callable, part: Part | None = None) -> float:
-        """Seconds by the launcher of a namespace; on `part` or else on the call's device."""
+        """Seconds by the launcher of a namespace or of a form of one; on `part` or else on the call's device."""
         if part is None:
             part = parts.of_gpu(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None)
         dtype = tensors((self.args, self.kwargs))[0].dtype
         with _disable_current_modes():
             if namespace in ONE_PASS:
-                result = getattr(reference, self.kernel)(*self.args, **self.kwargs)
-                arguments = kernels.bind(self.kernel, self.args, self.kwargs)
+                result, arguments = getattr(reference, self.kernel)(*self.args, **self.kwargs), self.arguments
                 work = contract_bytes(self.kernel, arguments, result), kernels.flops(self.kernel, arguments, result)
                 passes = [work] + [(0, 0)] * (self.kernel.endswith(("wgrad", "bwd")) or self.kernel == "gram")
             else:
@@ -74,7 +78,7 @@ class Call:
                     counted = plan.with_passes(launcher, lambda passes: counting(passes, traffic))
                     counted(*self.args, **self.kwargs)
                 passes = [(step.bytes, step.flops) for step in traffic.steps]
-        memory, products = MEMORY * part.bandwidth, PRODUCTS[namespace] * part.rate(dtype)
+        memory, products = MEMORY * part.bandwidth, PRODUCTS.get(namespace, PRODUCTS["library"]) * part.rate(dtype)
         return sum(LAUNCH + max(moved / memory, flops / products) for moved, flops in passes)
 
 

@@ -46,11 +46,6 @@ class Maker(cases.Maker):
     def _random(self, shape: tuple[int, ...], draw: Callable[..., Tensor]) -> Tensor:
         return draw(shape, generator=self._own, dtype=torch.float32, device=self.device).to(self.acc)
 
-    def weight(self, *shape: int) -> Tensor:
-        """In channels_last memory, as a model that is measured has them."""
-        weight = super().weight(*shape)
-        return weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
-
 
 class Call(NamedTuple):
     """One call of a kernel, recorded. label: the kernel's name and the optional tensors given, which choose its form.

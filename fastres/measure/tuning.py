@@ -54,7 +54,8 @@ def choices(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype) ->
             def launch(*args, **kwargs):
                 if isinstance(launcher, plan.PerCall):
                     call = seconds.Call.of(launcher.kernel, args, kwargs)
-                    found.setdefault(call.label, Choice(call, launcher.launchers))
+                    if launcher.only_library is None or launcher.only_library(call.arguments) is None:
+                        found.setdefault(call.label, Choice(call, launcher.launchers))
                 return getattr(reference, name)(*args, **kwargs)
 
             return launch

@@ -13,6 +13,11 @@ from .batch_norm import ChannelStats, channel_stats
 from .conv2d import Pair, conv2d, conv2d_dgrad, conv2d_wgrad
 
 
+def in_boxes(stride: int, dilation: int, groups: int) -> bool:
+    """Whether Triton has a convolution, whose taps are boxes of pixels; it leaves others to the library."""
+    return groups == 1 and (stride == 1 or (stride == 2 and dilation == 1))
+
+
 def conv3x3(
     x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1, groups: int = 1, with_stats: bool = True
 ) -> tuple[Tensor, ChannelStats | None]:

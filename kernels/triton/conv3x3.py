@@ -5,8 +5,8 @@
     conv3x3_wgrad  dW; the conv's input may be relu(scale*x + shift), formed on load
 
 `fastres.kernels.reference.conv3x3` defines every form. Layout: dense `[N, H, W, C]`, any sizes and channel counts;
-float32, float16 or bfloat16 in memory, float32 in accumulators, vectors and weight gradients. Weights `[K, C, 3, 3]` are
-read in channels_last memory, `[K, 3, 3, C]`; others are copied first.
+float32, float16 or bfloat16 in memory, float32 in accumulators, vectors and weight gradients. Weights `[K, C, 3, 3]`
+are read in channels_last memory, `[K, 3, 3, C]`; others are copied first.
 
 A tap of the kernel is a box of pixels, moved by a row or a column; where it leaves the image it reads zeros, which are
 the padding (`_boxes.py`). So the inner dimension of the product is nine times the channels, and no activation is ever
@@ -20,9 +20,9 @@ Bytes moved: every operand and result once. In fprop and dgrad each box is read 
 channels, out of L2: programs with neighbouring numbers share their pixels, and their weights too. A wgrad writes and
 reads partial sums of its splits besides, in float32.
 
-Not used for float64 (the reference serves it), on CPUs, and below compute capability 8.0. Groups, and a stride of 2 with
-dilation, are the library's, with Triton's passes around. float32 multiplies without TF32, on the cores for scalars: the
-library is faster where TF32 is allowed.
+Not used for float64 (the reference serves it), on CPUs, and below compute capability 8.0. Groups, and a stride of 2
+with dilation, are the library's, with Triton's passes around. float32 multiplies without TF32, on the cores for
+scalars: the library is faster where TF32 is allowed.
 
 Deterministic: splits depend on shapes, dtype and part only, and are added in their order.
 """
@@ -39,6 +39,7 @@ from ..library import conv3x3_dgrad as library_conv3x3_dgrad
 from ..library import conv3x3_wgrad as library_conv3x3_wgrad
 from ..reference.batch_norm import ChannelStats, channel_stats
 from ..reference.conv2d import Pair
+from ..reference.conv3x3 import in_boxes
 from . import batch_norm
 from ._boxes import box_at, box_operand, choose_box, inside, load_box, part_at, steps_by_tma, store_box
 from ._common import (
@@ -290,7 +291,7 @@ def _conv3x3_wgrad_kernel(
         if bn is not None:
             a = activation(a, bn, channels, C)
             if RAGGED:
-                # relu(shift) outside of the image would meet gradients inside of it. Past the last image there are none.
+                # relu(shift) outside of the image would meet gradients inside; past the last image there are none.
                 live = inside(n, row, column, n + IMAGES, H, W, STRIDE, IMAGES, ROWS, COLUMNS)
                 a = tl.where(live[:, None], a, 0.0).to(a.dtype)
         moved = ()
@@ -310,10 +311,6 @@ def _conv3x3_wgrad_kernel(
     for index in tl.static_range(PARTS):
         at = (rows + first_tap + index)[:, None] * C + channels[None, :]
         tl.store(partials + at, accs[index].T, mask=present)
-
-
-def _served(stride: int, dilation: int, groups: int) -> bool:
-    return groups == 1 and (stride == 1 or (stride == 2 and dilation == 1))
 
 
 def _splits(steps: int, tiles: int, programs: int) -> int:
@@ -346,7 +343,7 @@ def conv3x3(
     and devices that do not fit.
     """
     kernel = "conv3x3"
-    if not _served(stride, dilation, groups):
+    if not in_boxes(stride, dilation, groups):
         return library_conv3x3(x, weight, stride, dilation, groups, with_stats, passes=batch_norm)
     check_activations(kernel, x=x)
     matrix = _matrix(kernel, weight, x.shape[-1], None, x)
@@ -407,7 +404,7 @@ def conv3x3_dgrad(
     Raises as `conv3x3` does.
     """
     kernel = "conv3x3_dgrad"
-    if not _served(stride, dilation, groups):
+    if not in_boxes(stride, dilation, groups):
         return library_conv3x3_dgrad(
             dy, weight, input_hw, stride, dilation, groups, y=y, bn=bn, residual=residual, mask=mask, passes=batch_norm
         )
@@ -463,7 +460,7 @@ def conv3x3_wgrad(
     Raises as `conv3x3` does.
     """
     kernel = "conv3x3_wgrad"
-    if not _served(stride, dilation, groups):
+    if not in_boxes(stride, dilation, groups):
         return library_conv3x3_wgrad(x, dy, stride, dilation, groups, bn, passes=batch_norm)
     check_activations(kernel, x=x)
     check_activations(kernel, dy=dy)

