@@ -45,7 +45,7 @@ class _OnMeta(Operators):
 def choices(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype) -> dict[str, Choice]:
     """Those of a training step of the model on a GPU, by the calls' labels; found on the meta device.
 
-    Raises ValueError where the plan has no choice: without triton, in float32, for a model without 1x1 convolutions.
+    Raises ValueError where the plan has no choice: in float32, and without triton.
     """
     found: dict[str, Choice] = {}
 
@@ -68,8 +68,8 @@ def choices(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype) ->
         twin(x).sum().backward()
     if not found:
         raise ValueError(
-            f"{type(model).__name__} in {dtype} leaves the plan of a GPU no choice: tune a model with 1x1 convolutions "
-            "in bfloat16 or float16, where triton is installed"
+            f"{type(model).__name__} in {dtype} leaves the plan of a GPU no choice: tune it in bfloat16 or float16, "
+            "where triton is installed"
         )
     return found
 
