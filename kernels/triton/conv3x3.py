@@ -80,7 +80,7 @@ _HOPPER = {
     },
     "conv3x3_wgrad": {
         64: (Tile(64, 64, 64, 9, 8, 2), Tile(64, 64, 64, 3, 4, 2)),
-        128: (Tile(128, 128, 64, 3, 8, 2), Tile(128, 128, 64, 1, 8, 2)),
+        128: (Tile(64, 128, 64, 3, 8, 3), Tile(128, 128, 64, 1, 8, 2)),
         256: (Tile(256, 128, 64, 1, 8, 3), Tile(128, 128, 64, 1, 8, 2)),
     },
     "conv3x3_wgrad, stride 2": {
@@ -90,8 +90,8 @@ _HOPPER = {
 }
 _AMPERE = {
     "conv3x3": {
-        64: (Tile(128, 64, 32, 2, 4, 4), Tile(64, 64, 32, 1, 4, 3)),
-        128: (Tile(128, 128, 32, 2, 8, 4), Tile(64, 128, 32, 1, 8, 3)),
+        64: (Tile(128, 64, 32, 2, 4, 4), Tile(64, 64, 32, 1, 8, 3)),
+        128: (Tile(128, 128, 32, 2, 8, 4), Tile(64, 128, 32, 2, 8, 3)),
     },
     "conv3x3_dgrad": {
         64: (Tile(128, 64, 32, 2, 4, 4), Tile(64, 64, 32, 1, 4, 3)),
@@ -103,7 +103,19 @@ _AMPERE = {
     },
 }
 _AMPERE["conv3x3_wgrad, stride 2"] = _AMPERE["conv3x3_wgrad"]
-CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
+# Triton 3.6 does not compile several accumulators there; and what spills, in smaller tiles.
+_BLACKWELL = _HOPPER | {
+    "conv3x3_dgrad": {
+        64: (Tile(128, 64, 64, 2, 8, 4), Tile(64, 64, 64, 1, 8, 3)),
+        128: _HOPPER["conv3x3_dgrad"][128],
+    },
+    "conv3x3_wgrad": {
+        64: (Tile(64, 64, 64, 1, 4, 3), Tile(64, 64, 64, 1, 4, 2)),
+        128: (Tile(128, 128, 64, 1, 8, 3), Tile(128, 128, 64, 1, 8, 2)),
+        256: _HOPPER["conv3x3_wgrad"][256],
+    },
+}
+CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 """By part, form and width."""
 
 _FLOAT32_WGRAD = (Tile(64, 64, 16, 1, 8, 3), Tile(64, 32, 16, 1, 4, 2))
