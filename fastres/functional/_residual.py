@@ -463,36 +463,31 @@ class ResidualFunction(torch.autograd.Function):
         configs, (x, *saved) = ctx.configs, ctx.saved_tensors
         _, need_input, need_shortcut, *need = ctx.needs_input_grad
         needs = _of_each_block(configs, need)
-        # For each block, whether something in front of it needs a gradient.
-        in_front = [need_input]
-        for block in needs[:-1]:
-            in_front.append(in_front[-1] or any(block))
         blocks = _slices(saved, [1 + 2 * len(config.bn.eps) + KINDS[config.kind].saved for config in configs])
         inputs = [x, *(block[0] for block in blocks[:-1])]
-        grads: list[list[Tensor | None]] = [[None] * len(block) for block in needs]
+        parameters: list[Tensor] = []
+        grads: list[Tensor | None] = []
         dx, dshortcut, masked = nhwc(g), None, False
         with torch.no_grad():
             for i in range(len(configs) - 1, -1, -1):
-                config, need_state = configs[i], needs[i][len(configs[i].bn.eps) :]
+                config = configs[i]
                 kind, count = KINDS[config.kind], len(config.bn.eps)
+                need_weights, need_state = needs[i][:count], needs[i][count:]
                 out, *own = blocks[i]
-                parameters, weights, found = own[:count], own[count : 2 * count], own[2 * count :]
-                mask_input = i > 0 and config.identity
+                parameters = [*own[:count], *parameters]
+                # Behind the first block a gradient is needed in front: see `chain`.
+                need_x, mask_input = (True, config.identity) if i > 0 else (need_input, False)
                 dx, dshortcut, *rest = kind.backward_op(
-                    dx, nhwc(inputs[i]), weights, None if masked else nhwc(out), found, list(config.bn.batch_stats),
-                    config.identity, mask_input, [in_front[i], need_shortcut, *needs[i][:count], *needed(need_state)],
-                    list(config.geometry), config.backend,
+                    dx, nhwc(inputs[i]), own[count : 2 * count], None if masked else nhwc(out), own[2 * count :],
+                    list(config.bn.batch_stats), config.identity, mask_input,
+                    [need_x, need_shortcut, *need_weights, *needed(need_state)], list(config.geometry), config.backend,
                 )  # fmt: skip
                 dw, vectors = rest[:count], rest[kind.depth + 1 : kind.depth + 1 + count]
                 state = state_grads(vectors, ctx.state_dtypes[i], need_state)
-                grads[i] = [*parameter_grads(dw, parameters), *state]
-                if not in_front[i]:
-                    break
+                grads = [*parameter_grads(dw, own[:count]), *state, *grads]
                 masked = mask_input
-        results = [None if grad is None else nchw(grad) for grad in (dx, dshortcut)]
-        results += [grad for block in grads for grad in block]
-        parameters = [p for config, (_, *own) in zip(configs, blocks, strict=True) for p in own[: len(config.bn.eps)]]
-        return None, *refuse_double_backward(results, g, x, *parameters)
+        grads = [*(None if grad is None else nchw(grad) for grad in (dx, dshortcut)), *grads]
+        return None, *refuse_double_backward(grads, g, x, *parameters)
 
 
 def _of_each_block(configs: Sequence[Config], values: Sequence) -> list[Sequence]:
@@ -530,6 +525,22 @@ def configure(
         check_identity(unit, shape, output)
     constants, state = flatten(bns)
     return Config(block.kind, tuple(block.geometry), constants, identity, backend), [*weights, *state], output
+
+
+def chain(configs: Sequence[Config], x: Tensor, tensors: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    """The blocks of these `configure` results on a prepared x, under as few functions as possible."""
+    first = 0
+    # In front of the first block that needs a gradient nothing is saved, and a chain would only keep tensors alive.
+    while first < len(configs) and not _needs_grad(x, tensors[first]):
+        x = ResidualFunction.apply((configs[first],), x, None, *tensors[first])
+        first += 1
+    if first == len(configs):
+        return x
+    return ResidualFunction.apply(tuple(configs[first:]), x, None, *(t for block in tensors[first:] for t in block))
+
+
+def _needs_grad(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
 
 
 def residual_block(block: Block, x: Tensor, shortcut: Tensor | None, backend: str) -> Tensor:

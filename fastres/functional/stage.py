@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ._checks import check_input, prepare_input
-from ._residual import ResidualFunction, configure
+from ._residual import chain, configure
 from .basic_block import BasicBlockParams
 from .bottleneck import BottleneckParams
 
@@ -44,5 +44,5 @@ def stage(x: Tensor, blocks: Sequence[BottleneckParams | BasicBlockParams], *, b
             check_input(unit, shape, x.dtype, x.device, block.weights[0])
         config, of_block, shape = configure(unit, block, shape, backend)
         configs.append(config)
-        tensors += of_block
-    return ResidualFunction.apply(tuple(configs), x, None, *tensors)
+        tensors.append(of_block)
+    return chain(configs, x, tensors)
