@@ -105,8 +105,7 @@ def alone_reason(child: nn.Module) -> str | None:
     reason = own_call_reason("the block", child) or child.fused_reason()
     if reason is not None:
         return reason
-    separate = child.separate_reason()
-    return None if separate is None else f"its shortcut runs as its own module: {separate}"
+    return None if child.separate_reason() is None else "its shortcut runs as its own module"
 
 
 def _reduces_gradients() -> bool:
