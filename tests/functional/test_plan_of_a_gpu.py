@@ -244,7 +244,7 @@ def test_a_stage_in_forms_of_a_gpu_is_exact_in_float64(block, form):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are interpreted where there is no GPU")
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_a_stage_by_tritons_kernels_equals_its_blocks(one_pass):
-    """Bit for bit, in float16 through the interpreter; and no kernel takes the memory of a gradient that it was given."""
+    """Bit for bit, in float16 through the interpreter; the gradient that a kernel was given stays what it was."""
     pytest.importorskip("triton")
     from fastres.kernels import triton
 
