@@ -159,13 +159,21 @@ def _unit(path: str, module: nn.Module, known: dict[type[nn.Module], type[FusedM
 
 
 def _stage(path: str, module: nn.Sequential, known: dict[type[nn.Module], type[FusedModule]]) -> Unit | None:
-    """A stage has two or more children and is fused already, or an nn.Sequential of nothing but residual blocks."""
-    fused = type(module) if isinstance(module, FusedModule) else stage.Stage
-    known_blocks = tuple(cls for cls, fused in known.items() if issubclass(fused, blocks.FusedBlock))
-    is_stage = fused is type(module) or (
-        "forward" not in module.__dict__ and all(isinstance(child, known_blocks) for child in module)
-    )
-    return Unit(path, module, "stage", fused, None) if is_stage and len(module) > 1 else None
+    """A stage has two or more children and is fused already, or an nn.Sequential of nothing but blocks with a class to
+    swap to.
+    """
+
+    def is_block(child: nn.Module) -> bool:
+        unit = _unit("", child, known)
+        return unit is not None and unit.fused is not None and issubclass(unit.fused, blocks.FusedBlock)
+
+    if len(module) < 2:
+        return None
+    if isinstance(module, FusedModule):
+        return Unit(path, module, "stage", type(module), None)
+    if "forward" in module.__dict__ or not all(map(is_block, module)):
+        return None
+    return Unit(path, module, "stage", stage.Stage, None)
 
 
 def _known_classes() -> dict[type[nn.Module], type[FusedModule]]:
