@@ -13,10 +13,9 @@ from typing import NamedTuple
 from torch import nn
 
 from . import backends
-from .nn import blocks, conv_bn_relu, projection, stem
+from .nn import blocks, conv_bn_relu, projection, stage, stem
 from .nn.fused import FusedModule, fused_class
-
-GRANULARITIES = ("auto", "block")
+from .nn.stage import GRANULARITIES
 
 _FORWARD_METHODS = ("forward", "_forward_impl")  # the second is where torchvision's ResNet keeps its forward
 _NAMED_IN_MESSAGES = 5
@@ -26,7 +25,7 @@ class Unit(NamedTuple):
     """A module that is, or looks like, something that can be fused.
 
     fused: the class to swap to, or that the module has already; None where there is none. reason: why the module runs
-    as stock even in that class, or None.
+    as stock even in that class, or None. A stage, whose blocks are units themselves, has always a class and no reason.
     """
 
     path: str
@@ -47,21 +46,25 @@ def convert(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     strict: bool = False,
 ) -> nn.Module:
-    """Fuse the residual blocks of a model, in place.
+    """Fuse the residual blocks of a model, in place, and the stages that they make.
 
     Known are the blocks and the stem of torchvision's ResNets (also in a subclass that keeps their forward), and those
     of `fastres.nn` and `fastres.models`. Each keeps its children, parameters and buffers: state_dicts, the references
     of optimizers and hooks on the block stay; only the class changes. A block that has, at some call, a child that
     fusion cannot honour (a hook, a parametrization, another norm) runs its children one by one; `fastres.explain` says
-    so.
+    so. An nn.Sequential of two or more such blocks becomes a `fastres.nn.Stage`, which chains those that can be.
 
-    Converting again is harmless and sets `backend` anew. Convert before torch.compile and before fully_shard.
+    Converting again is harmless and sets `backend` and `granularity` anew. Convert before torch.compile and before
+    fully_shard.
 
     Args:
         model: any module that holds such blocks, or is one.
-        backend: one of `fastres.backends.CHOICES`, stored in each converted module as its attribute `backend`.
-        granularity: "auto" or "block", which mean the same for now: one fused function for each block.
-        filter_fn: called with a block and its path in the model; where it returns False the block stays as it is.
+        backend: one of `fastres.backends.CHOICES`, stored in each converted block and stem as its attribute `backend`.
+        granularity: "block" for one fused function for each block, "stage" for one for each chain of blocks, "auto"
+            for one of both, see `fastres.nn.Stage`; stored in each stage as its attribute `granularity`. With "block"
+            an nn.Sequential stays what it is.
+        filter_fn: called with a block, stem or stage and its path in the model; where it returns False the module stays
+            as it is. A block that stays so is called as a module by its stage.
         strict: raise ValueError, and change nothing, unless every block and stem that was found can be fused.
 
     Returns:
@@ -73,26 +76,29 @@ def convert(
         RuntimeError: `backend` cannot run on this machine.
     """
     if granularity not in GRANULARITIES:
-        remedy = "fusing whole stages does not exist yet" if granularity == "stage" else "it is not known"
-        raise ValueError(f"granularity={granularity!r}: {remedy}; use 'auto' or 'block'")
+        raise ValueError(f"granularity={granularity!r} is not known; use one of {', '.join(map(repr, GRANULARITIES))}")
     backends.require(backend)
     _refuse_compiled(model, "convert")
     units = [unit for unit in find_units(model) if filter_fn is None or filter_fn(unit.module, unit.path)]
     for unit in units:
         if unit.fused is None and _is_sharded(unit.module):
             raise ValueError(f"convert: {unit}")
-    left = [unit for unit in units if unit.reason is not None]
+    with_layers = [unit for unit in units if unit.name != "stage"]
+    left = [unit for unit in with_layers if unit.reason is not None]
     message = None
-    if not units:
+    if not with_layers:
         message = f"{type(model).__name__} has nothing to fuse: no block or stem of a class that fastres knows"
     elif left:
-        message = f"{len(left)} of {len(units)} units run as stock modules: {_listed(left)}"
+        message = f"{len(left)} of {len(with_layers)} units run as stock modules: {_listed(left)}"
     if strict and message is not None:
         raise ValueError(f"convert: {message}")
+    settings = {"backend": backend, "granularity": granularity}
     for unit in units:
-        if unit.fused is not None:
+        keeps_class = granularity == "block" and type(unit.module) is nn.Sequential
+        if unit.fused is not None and not keeps_class:
             unit.module.__class__ = unit.fused
-            unit.module.backend = backend
+            for name in unit.fused.settings:
+                setattr(unit.module, name, settings[name])
     if message is not None:
         warnings.warn(f"fastres.convert: {message}", stacklevel=2)
     return model
@@ -111,13 +117,16 @@ def revert(model: nn.Module) -> nn.Module:
             why = "revert before fully_shard" if _is_sharded(module) else "a subclass has no stock class to go back to"
             raise ValueError(f"revert: {path or 'the model'} is {type(module).__name__}: {why}")
     for _, module in fused:
+        for name in type(module).settings:
+            module.__dict__.pop(name, None)
         module.__class__ = type(module).stock_class
-        module.__dict__.pop("backend", None)
     return model
 
 
 def find_units(model: nn.Module) -> list[Unit]:
-    """Everything in the model, itself included, that is or looks like a block or a stem, in the model's order."""
+    """Everything in the model, itself included, that is or looks like a block or a stem, and every stage, in the
+    model's order.
+    """
     known = _known_classes()
     units = (_unit(path, module, known) for path, module in model.named_modules())
     return [unit for unit in units if unit is not None]
@@ -125,6 +134,8 @@ def find_units(model: nn.Module) -> list[Unit]:
 
 def _unit(path: str, module: nn.Module, known: dict[type[nn.Module], type[FusedModule]]) -> Unit | None:
     cls = type(module)
+    if isinstance(module, stage.FusedStage) or cls is nn.Sequential:
+        return _stage(path, module, known)
     fused, reason = None, None
     base = next((base for base in cls.__mro__ if base in known), None)
     if isinstance(module, FusedModule):
@@ -145,6 +156,24 @@ def _unit(path: str, module: nn.Module, known: dict[type[nn.Module], type[FusedM
     if fused is not None:
         reason = fused.fused_reason(module)
     return Unit(path, module, (fused or known[base]).unit, fused, reason)
+
+
+def _stage(path: str, module: nn.Sequential, known: dict[type[nn.Module], type[FusedModule]]) -> Unit | None:
+    """A stage has two or more children and is fused already, or an nn.Sequential of nothing but blocks with a class to
+    swap to.
+    """
+
+    def is_block(child: nn.Module) -> bool:
+        unit = _unit("", child, known)
+        return unit is not None and unit.fused is not None and issubclass(unit.fused, blocks.FusedBlock)
+
+    if len(module) < 2:
+        return None
+    if isinstance(module, FusedModule):
+        return Unit(path, module, "stage", type(module), None)
+    if "forward" in module.__dict__ or not all(map(is_block, module)):
+        return None
+    return Unit(path, module, "stage", stage.Stage, None)
 
 
 def _known_classes() -> dict[type[nn.Module], type[FusedModule]]:

@@ -10,18 +10,20 @@ from torch import nn
 
 from . import backends, plan
 from .conversion import Unit, find_units
-from .nn.fused import FusedModule
+from .nn.fused import FusedModule, FusedUnit
+from .nn.stage import FusedStage
 from .text import aligned
 
 
 class Row(NamedTuple):
-    """One block or stem of a model.
+    """One block, stem or stage of a model.
 
     path: in the model, "" for the model itself. unit: the function of `fastres.functional` that it is. status: "fused";
-    "partly", where the shortcut runs as its own module beside the fused rest; "stock", where the children run one by
-    one. input: shape of its input, where `explain` was given one. backend: what was asked for, and the kernel
-    namespaces that serve it for the dtype and device that was planned for. form: of a fused block, what is Gram-folded
-    and what is stored, and why. reason: why not fused, or not wholly.
+    "partly", where the shortcut of a block or some blocks of a stage run as modules beside the fused rest; "stock",
+    where the children run one by one. input: shape of its input, where `explain` was given one. backend: what was asked
+    for, and the kernel namespaces that serve it for the dtype and device that was planned for; empty for a stage, whose
+    blocks say it. form: of a fused block, what is Gram-folded and what is stored, and why; of a stage, its chains.
+    reason: why not fused, or not wholly.
     """
 
     path: str
@@ -70,7 +72,8 @@ def explain(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Explanation:
-    """Say of each block and stem of a model whether it runs fused, by which backend and in which form, or why not.
+    """Say of each block, stem and stage of a model whether it runs fused, by which backend and in which form, or why
+    not.
 
     This is what the modules are now: conditions of a single call (a tracer, an empty batch, a torch.func transform) are
     looked at when that call is made. A model that was not converted yet is shown as it is.
@@ -94,6 +97,8 @@ def _row(unit: Unit, shape: tuple[int, ...] | None, dtype: torch.dtype | None, d
     module, reason = unit.module, unit.reason
     if reason is not None:
         return Row(unit.path, unit.name, "stock", shape, "", "", reason)
+    if unit.name == "stage":
+        return _stage_row(unit, shape)
     if not isinstance(module, FusedModule):
         return Row(unit.path, unit.name, "stock", shape, "", "", "not converted: call fastres.convert(model)")
     separate = module.separate_reason()
@@ -102,7 +107,36 @@ def _row(unit: Unit, shape: tuple[int, ...] | None, dtype: torch.dtype | None, d
     return Row(unit.path, unit.name, "fused" if separate is None else "partly", shape, backend, form, reason)
 
 
-def _plan(module: FusedModule, dtype: torch.dtype | None, device: torch.device | None) -> tuple[str, str, str | None]:
+def _stage_row(unit: Unit, shape: tuple[int, ...] | None) -> Row:
+    stage = unit.module
+    chains, form = [], ""
+    if not isinstance(stage, FusedModule):
+        reason = "not converted: call fastres.convert(model)"
+        if any(isinstance(child, FusedModule) for child in stage):
+            reason = "nn.Sequential runs its blocks one by one: fastres.convert(model) chains them"
+    elif "forward" in stage.__dict__:
+        reason = "its forward was replaced on the instance"
+    else:
+        chains = [str(len(run)) for run in stage.runs() if len(run) > 1]
+        if chains:
+            form = f"{' and '.join(chains)} blocks in {'one chain' if len(chains) == 1 else 'chains'}"
+        reason = _alone(stage)
+    status = "stock" if not chains else "partly" if reason else "fused"
+    return Row(unit.path, unit.name, status, shape, "", form, reason)
+
+
+def _alone(stage: FusedStage) -> str:
+    """Which blocks of a stage run by themselves, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in stage.alone_reasons().items():
+        by_reason.setdefault(reason, []).append(name)
+    if len(by_reason) == 1 and len(next(iter(by_reason.values()))) == len(stage):
+        return f"its blocks run one by one: {reason}"
+    verb = {True: "runs by itself", False: "run by themselves"}
+    return "; ".join(f"{', '.join(names)} {verb[len(names) == 1]}: {why}" for why, names in by_reason.items())
+
+
+def _plan(module: FusedUnit, dtype: torch.dtype | None, device: torch.device | None) -> tuple[str, str, str | None]:
     """The requested backend with the namespaces that serve it, the form, and why a call would raise."""
     name = plan.requested(module.backend)
     weight = next(module.parameters(), None)
@@ -120,9 +154,12 @@ def _plan(module: FusedModule, dtype: torch.dtype | None, device: torch.device |
 def _notes(model: nn.Module, units: list[Unit], rows: list[Row]) -> list[str]:
     if not rows:
         return [f"{type(model).__name__} has no block or stem that fastres knows."]
-    counts = ((status, sum(row.status == status for row in rows)) for status in ("fused", "partly", "stock"))
-    notes = [f"{len(rows)} units: " + ", ".join(f"{count} {status}" for status, count in counts if count) + "."]
-    inside = {id(child) for unit in units for child in _covered(unit)}
+    stages = [row for row in rows if row.unit == "stage"]
+    with_layers = [row for row in rows if row.unit != "stage"]
+    notes = [f"{len(with_layers)} units: {_counts(with_layers)}."]
+    if stages:
+        notes[0] += f" {len(stages)} stages: {_counts(stages)}."
+    inside = {id(child) for unit in units if unit.name != "stage" for child in _covered(unit)}
     outside = [module for module in model.modules() if id(module) not in inside]
     convs = sum(isinstance(module, nn.Conv2d) for module in outside)
     norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in outside)
@@ -140,6 +177,11 @@ def _notes(model: nn.Module, units: list[Unit], rows: list[Row]) -> list[str]:
             "The model's weights are NCHW: model.to(memory_format=torch.channels_last) makes them fit."
         )
     return notes
+
+
+def _counts(rows: list[Row]) -> str:
+    counts = ((status, sum(row.status == status for row in rows)) for status in ("fused", "partly", "stock"))
+    return ", ".join(f"{count} {status}" for status, count in counts if count)
 
 
 def _covered(unit: Unit) -> list[nn.Module]:

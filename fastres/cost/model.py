@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 from collections.abc import Sequence
 
@@ -14,11 +13,12 @@ from torch.nn import functional as F
 from fastres import plan
 from fastres.conversion import convert, find_units, revert
 from fastres.functional import _library
+from fastres.nn.stage import FusedStage
 from fastres.parts import PARTS, Part
 
-from .complete import Place, complete_bytes
+from .complete import complete_bytes
 from .counting import counting
-from .traffic import Step, Traffic
+from .traffic import Step, Traffic, tensors
 
 SCHEMES = ("stock", "today", "complete")
 """stock: PyTorch's modules, eager, channels_last. today: the plan that `fastres.convert` runs on a GPU now. complete:
@@ -53,14 +53,14 @@ def training_step(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # What runs as stock is counted as stock; `explain` says why.
         twin = revert(twin) if scheme == "stock" else convert(twin)
-    places = _places(twin)
     traffic = Traffic(part)
+    chained = _follow(twin, traffic)
 
     def wrap(k):
         if scheme != "complete":
             return counting(k, traffic)
         k = plan.in_form(k, gram_folding=True, fold_projection=True, one_pass=False)
-        return counting(k, traffic, functools.partial(complete_bytes, places.get(traffic.unit, Place(True, True))))
+        return counting(k, traffic, complete_bytes)
 
     def expand(func):
         body = _library.BODIES.get(func)
@@ -68,13 +68,13 @@ def training_step(
             return None
 
         def run(*args):
+            traffic.unit = next((chained[id(t)] for t in tensors(args) if id(t) in chained), traffic.unit)
             with plan.wrapping(wrap), plan.planning_for(part=part):
                 return body(*args)
 
         return run
 
     traffic.expand = expand
-    _follow(twin, list(places), traffic)
     x = torch.empty(*input_shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
     with traffic:
         loss = _loss(twin(x))
@@ -101,21 +101,26 @@ def _loss(output: Tensor) -> Tensor:
     return F.cross_entropy(output.float(), torch.empty(output.shape[0], dtype=torch.int64, device="meta"))
 
 
-def _places(model: nn.Module) -> dict[str, Place]:
-    """The blocks by path, and where each stands: neighbours under one parent make a stage."""
-    paths = [unit.path for unit in find_units(model) if unit.path and unit.name != "stem"]
-    stages = [path.rpartition(".")[0] for path in paths]
-    return {
-        path: Place(first=i == 0 or stages[i - 1] != stages[i], last=i + 1 == len(paths) or stages[i + 1] != stages[i])
-        for i, path in enumerate(paths)
-    }
+def _follow(model: nn.Module, traffic: Traffic) -> dict[int, str]:
+    """Keep `traffic.unit` up to date, by hooks on the blocks and on the gradients of what goes in and out of them.
 
-
-def _follow(model: nn.Module, paths: list[str], traffic: Traffic) -> None:
-    """Keep `traffic.unit` up to date, by hooks on the blocks and on the gradients of what goes in and out of them."""
+    A hook on a block of a chain would end the chain: there the hooks are on the stage. Which of the blocks an operator
+    is for, its weights tell. Returns those, each with the path of its block.
+    """
     traffic.unit = "stem"
+    units = [unit for unit in find_units(model) if unit.path and unit.name != "stem"]
+    chained: dict[int, str] = {}
+    ends = {}
+    for stage in (unit for unit in units if isinstance(unit.module, FusedStage)):
+        runs = stage.module.runs()
+        ends[stage.path] = tuple(f"{stage.path}.{run[i]}" for run, i in ((runs[0], 0), (runs[-1], -1)))
+        for name in (name for run in runs if len(run) > 1 for name in run):
+            path = f"{stage.path}.{name}"
+            chained |= {id(weight): path for weight in model.get_submodule(path).parameters()}
+    inside = set(chained.values())
+    ends |= {unit.path: (unit.path, unit.path) for unit in units if unit.name != "stage" and unit.path not in inside}
 
-    def hooks(path: str):
+    def hooks(first: str, last: str):
         def at(unit: str):
             def enter(*_):
                 traffic.unit = unit
@@ -123,24 +128,25 @@ def _follow(model: nn.Module, paths: list[str], traffic: Traffic) -> None:
             return enter
 
         def before(module, args):
-            traffic.unit = path
+            traffic.unit = first
             if args[0].requires_grad:
                 # Where blocks follow each other this comes after the hook of the block in front, on the same tensor.
                 args[0].register_hook(lambda grad: leave())
 
         def leave():
-            if traffic.unit == path:
+            if traffic.unit == first:
                 traffic.unit = "stem"
 
         def after(module, args, output):
             traffic.unit = "head"
             if output.requires_grad:
-                output.register_hook(at(path))
+                output.register_hook(at(last))
 
         return before, after
 
-    for path in paths:
-        before, after = hooks(path)
+    for path, (first, last) in ends.items():
+        before, after = hooks(first, last)
         module = model.get_submodule(path)
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
+    return chained

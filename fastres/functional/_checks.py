@@ -10,34 +10,47 @@ from ._batch_norm import BatchNormParams
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def prepare_input(unit: str, x: Tensor, conv_weight: Tensor, groups: int = 1) -> Tensor:
-    """x as the unit reads it: checked, in autocast's dtype where autocast is on, in channels_last memory.
+def check_input(
+    unit: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, conv_weight: Tensor, groups: int = 1
+) -> None:
+    """Raise ValueError or TypeError where a unit whose first conv has this weight cannot read such an x.
 
     x must be `[N, C, H, W]` with C = conv_weight.shape[1]*groups, floating, on conv_weight's device and, outside
-    autocast, of its dtype. Raises ValueError or TypeError.
+    autocast, of its dtype.
     """
-    if x.dim() != 4:
-        raise ValueError(f"{unit}: x must be [N, C, H, W], has {x.dim()} dimensions: {tuple(x.shape)}")
+    if len(shape) != 4:
+        raise ValueError(f"{unit}: x must be [N, C, H, W], has {len(shape)} dimensions: {tuple(shape)}")
     channels = conv_weight.shape[1] * groups
-    if x.shape[1] != channels:
+    if shape[1] != channels:
         raise ValueError(
-            f"{unit}: x must have {channels} channels (dimension 1), as the first conv's weight does, has {x.shape[1]}"
+            f"{unit}: x must have {channels} channels (dimension 1), as the first conv's weight does, has {shape[1]}"
         )
-    if x.numel() == 0:
-        raise ValueError(f"{unit}: x is empty, {tuple(x.shape)}; skip it, or use the fastres.nn module, which takes it")
-    if x.device != conv_weight.device:
-        raise ValueError(f"{unit}: x is on {x.device} but the weights are on {conv_weight.device}; move one of them")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{unit}: x must be float64, float32, bfloat16 or float16, is {x.dtype}")
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        # Like autocast's convolution: float64 is left alone.
-        if x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif x.dtype != conv_weight.dtype:
+    if 0 in shape:
+        raise ValueError(f"{unit}: x is empty, {tuple(shape)}; skip it, or use the fastres.nn module, which takes it")
+    if device != conv_weight.device:
+        raise ValueError(f"{unit}: x is on {device} but the weights are on {conv_weight.device}; move one of them")
+    if dtype not in DTYPES:
+        raise TypeError(f"{unit}: x must be float64, float32, bfloat16 or float16, is {dtype}")
+    if not _in_autocast(device) and dtype != conv_weight.dtype:
         raise TypeError(
-            f"{unit}: x is {x.dtype} but the weights are {conv_weight.dtype}; convert one of them or use torch.autocast"
+            f"{unit}: x is {dtype} but the weights are {conv_weight.dtype}; convert one of them or use torch.autocast"
         )
+
+
+def prepare_input(unit: str, x: Tensor, conv_weight: Tensor, groups: int = 1) -> Tensor:
+    """x as the unit reads it: checked (`check_input`), in autocast's dtype where autocast is on, in channels_last
+    memory.
+    """
+    check_input(unit, x.shape, x.dtype, x.device, conv_weight, groups)
+    # Like autocast's convolution: float64 is left alone.
+    if _in_autocast(x.device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _in_autocast(device: torch.device) -> bool:
+    # The meta device has no autocast, and asking for it raises.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def check_rows(params: BatchNormParams, shape: tuple[int, int, int, int]) -> None:
@@ -56,11 +69,11 @@ def check_shortcut(unit: str, shortcut: Tensor, shape: tuple[int, int, int, int]
     return shortcut.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def check_identity(unit: str, x: Tensor, shape: tuple[int, int, int, int]) -> None:
+def check_identity(unit: str, x_shape: tuple[int, int, int, int], shape: tuple[int, int, int, int]) -> None:
     """Raise ValueError when x cannot be its own shortcut."""
-    if tuple(x.shape) != tuple(shape):
+    if tuple(x_shape) != tuple(shape):
         raise ValueError(
-            f"{unit}: an identity shortcut needs an output of x's shape {tuple(x.shape)}, the block's is "
+            f"{unit}: an identity shortcut needs an output of x's shape {tuple(x_shape)}, the block's is "
             f"{tuple(shape)}; pass a projection or a shortcut"
         )
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastres.kernels.reference._common import acc_dtype
 
 from .. import plan
-from ._batch_norm import BatchNormConfig, BatchNormParams, finalize, flatten, needed, state_grads
+from ._batch_norm import TENSORS, BatchNormConfig, BatchNormParams, finalize, flatten, needed, state_grads
 from ._checks import check_identity, check_rows, check_shortcut, output_size, prepare_input
 from ._library import ForwardOps, cast, define, nchw, nhwc, parameter_grads, refuse_double_backward, weight_grad
 
@@ -55,11 +55,23 @@ class Conv(NamedTuple):
             return k.conv1x1(x, self.weight, self.stride, False)[0]
         return k.conv3x3(x, self.weight, *self.geometry, False)[0]
 
-    def dgrad(self, k: SimpleNamespace, dy: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """dx, of the shape of x, plus `residual`, whose memory it may take."""
+    def dgrad(
+        self,
+        k: SimpleNamespace,
+        dy: Tensor,
+        x: Tensor,
+        residual: Tensor | None = None,
+        keep_residual: bool = False,
+        mask_input: bool = False,
+    ) -> Tensor:
+        """dx, of the shape of x, plus `residual`, whose memory it may take unless `keep_residual`; masked by x, where
+        that is a ReLU's output, with `mask_input`.
+        """
+        added = {"residual": residual, "mask": x if mask_input else None}
         if self.weight.dim() == 2:
-            return k.conv1x1_dgrad(dy, self.weight, x.shape[1:3], self.stride, residual=residual)
-        return k.conv3x3_dgrad(dy, self.weight, x.shape[1:3], *self.geometry, residual=residual)[0]
+            hw = x.shape[1:3]
+            return k.conv1x1_dgrad(dy, self.weight, hw, self.stride, **added, keep_residual=keep_residual)
+        return k.conv3x3_dgrad(dy, self.weight, x.shape[1:3], *self.geometry, **added)[0]
 
     def wgrad(self, k: SimpleNamespace, x: Tensor, dy: Tensor) -> Tensor:
         if self.weight.dim() == 2:
@@ -151,13 +163,15 @@ def stored_backward(
     k: SimpleNamespace,
     g: Tensor,
     x: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     layers: Sequence[Layer],
     projection: Layer | None,
     identity: bool,
+    mask_input: bool,
     need_x: bool,
     need_shortcut: bool,
 ) -> Gradients:
+    """Without `out`, g is masked already. mask_input: dx is masked by x, for the block in front."""
     # For each layer, whether the gradient of its raw output is needed, for its weight or by something in front of it.
     need_dy = [need_x or layers[0].need_weight]
     for front, layer in zip(layers, layers[1:], strict=False):
@@ -186,7 +200,8 @@ def stored_backward(
     if layers[0].need_weight:
         weights[0] = layers[0].conv.wgrad(k, x, dy)
     if need_x:
-        dx = layers[0].conv.dgrad(k, dy, x, residual if identity else None)
+        # Without out, the residual is the g that the operator was given.
+        dx = layers[0].conv.dgrad(k, dy, x, residual if identity else None, out is None, mask_input)
     if projection is not None:
         weights.append(projection.conv.wgrad(k, x, residual) if projection.need_weight else None)
         grads.append(grad_p)
@@ -205,7 +220,13 @@ def _vectors(k: SimpleNamespace, layer: Layer, sums: Tensor) -> Tensor:
 
 
 def _sums_of_both_branches(
-    k: SimpleNamespace, g: Tensor, out: Tensor, last: Layer, projection: Layer | None, need_dy: bool, need_p: bool
+    k: SimpleNamespace,
+    g: Tensor,
+    out: Tensor | None,
+    last: Layer,
+    projection: Layer | None,
+    need_dy: bool,
+    need_p: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`grad` of the last batch norm and of the projection's, from one read of g and out."""
     for_last = _needs_sums(last, need_dy)
@@ -220,7 +241,7 @@ def _sums_of_both_branches(
 def _apply_to_both_branches(
     k: SimpleNamespace,
     g: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     last: Layer,
     projection: Layer | None,
     grad: Tensor | None,
@@ -258,6 +279,8 @@ class ResidualBlock:
     ):
         self.name, self.depth, self.folds_last, self.convs = name, depth, folds_last, convs
         self._folded_forward, self._folded_backward = forward, backward
+        # Results of the forward operator behind the output: raw outputs, vectors, and both pairs of moments.
+        self.saved = 2 * (depth + 1) + 4
 
         def results(*stems: str) -> str:
             return ", ".join(f"Tensor {stem}{i}" for stem in stems for i in (*range(1, depth + 1), "_p"))
@@ -271,8 +294,9 @@ class ResidualBlock:
         )
         self.backward_op = define(
             f"{name}_bwd",
-            "(Tensor g, Tensor x, Tensor[] weights, Tensor out, Tensor?[] saved, bool[] batch_stats, bool identity, "
-            f"bool[] needs, int[] geometry, str backend) -> (Tensor dx, Tensor dshortcut, {results('dw', 'grad')})",
+            "(Tensor g, Tensor x, Tensor[] weights, Tensor? out, Tensor?[] saved, bool[] batch_stats, bool identity, "
+            "bool mask_input, bool[] needs, int[] geometry, str backend) -> "
+            f"(Tensor dx, Tensor dshortcut, {results('dw', 'grad')})",
             self._backward,
             self._backward_fake,
         )
@@ -299,12 +323,14 @@ class ResidualBlock:
         return saved.out, *raw, *vectors, *saved.moments, *saved.moments_p
 
     def _backward(
-        self, g, x, weights, out, saved, batch_stats, identity, needs, geometry, backend
+        self, g, x, weights, out, saved, batch_stats, identity, mask_input, needs, geometry, backend
     ) -> tuple[Tensor | None, ...]:
         """Gradients of x, the shortcut and the weights (in acc), and `grad` `[4, C]` of each batch norm.
 
         None where not needed. needs: x, shortcut, then the weights, then for each batch norm whether gamma or beta need
-        theirs. saved: what `_forward` returned behind out.
+        theirs. saved: what `_forward` returned behind out. out: None where g is masked by it already; such a block has
+        no ready-made shortcut, whose gradient would be g itself. mask_input: mask dx by x, a ReLU's output, for the
+        block in front; of a block with an identity shortcut.
         """
         convs = self.convs(weights, *geometry)
         k = self._plan(x, convs, backend)
@@ -323,7 +349,7 @@ class ResidualBlock:
         last = layers[-1] if self.folds_last else projection
         folded = k.gram_folding if last is None else last.y is None
         form = self._folded_backward if folded else stored_backward
-        found = form(k, g, x, out, layers, projection, identity, need_x, need_shortcut)
+        found = form(k, g, x, out, layers, projection, identity, mask_input, need_x, need_shortcut)
         dw = [
             weight_grad(grad, weight) if wanted else None
             for grad, weight, wanted in zip(found.weights, weights, need_weights, strict=True)
@@ -355,7 +381,7 @@ class ResidualBlock:
         vectors = [wide.new_empty(4, weight.shape[0]) for weight in weights]
         return out, *self._padded(raw), *self._padded(vectors), *moments
 
-    def _backward_fake(self, g, x, weights, out, saved, batch_stats, identity, needs, geometry, backend):
+    def _backward_fake(self, g, x, weights, out, saved, batch_stats, identity, mask_input, needs, geometry, backend):
         count = len(weights)
         need_x, need_shortcut, *need = needs
         acc = acc_dtype(x.dtype)
@@ -365,7 +391,7 @@ class ResidualBlock:
         ]
         vectors = zip(saved[self.depth + 1 :], need[count:], strict=False)
         grads = [torch.empty_like(bn) if wanted else None for bn, wanted in vectors]
-        dshortcut = torch.empty_like(out) if need_shortcut else None
+        dshortcut = torch.empty_like(g) if need_shortcut else None
         return torch.empty_like(x) if need_x else None, dshortcut, *self._padded(dw), *self._padded(grads)
 
 
@@ -382,75 +408,148 @@ def output_shapes(shape: tuple[int, ...], convs: Sequence[Conv]) -> list[tuple[i
     return shapes
 
 
+class Block(NamedTuple):
+    """What a block computes with, besides x and a ready-made shortcut.
+
+    kind: a key of `KINDS`. weights, bns: of the main branch. projection: of the shortcut, `(weight, bn)`. geometry:
+    what the kind's `convs` takes besides the weights.
+    """
+
+    kind: str
+    weights: Sequence[Tensor]
+    bns: Sequence[BatchNormParams]
+    projection: tuple[Tensor, BatchNormParams] | None
+    geometry: tuple[int, ...]
+
+
 class Config(NamedTuple):
-    """kind: a key of `KINDS`. geometry: what its `convs` takes besides the weights."""
+    """The Python constants of a block. identity: whether its shortcut is its input itself."""
 
     kind: str
     geometry: tuple[int, ...]
     bn: BatchNormConfig
+    identity: bool
     backend: str
 
 
 class ResidualFunction(torch.autograd.Function):
-    """A residual block for autograd. Tensors after `shortcut`: conv weights, then `TENSORS` for each batch norm."""
+    """A chain of residual blocks for autograd; a block by itself is a chain of one, which may have a shortcut.
+
+    Tensors after `shortcut`: of each block its conv weights, then `TENSORS` for each batch norm.
+
+    A block with an identity shortcut forms the gradient of its input in one place, and masks it there by the ReLU of
+    the block in front of it. That block then neither reads its output for the mask nor writes a masked gradient.
+    """
 
     @staticmethod
-    def forward(ctx, config: Config, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
-        kind, count = KINDS[config.kind], len(config.bn.eps)
-        parameters, state = tensors[:count], tensors[count:]
-        weights = cast(parameters, x.dtype)
-        inputs = nhwc(x), weights, None if shortcut is None else nhwc(shortcut)
-        out, *saved = kind.forward_ops(inputs, config.bn, state, config.geometry, config.backend)
-        ctx.config = config
-        ctx.identity = shortcut is None and count == kind.depth
-        ctx.state_dtypes = [None if tensor is None else tensor.dtype for tensor in state]
-        ctx.save_for_backward(x, out, *parameters, *weights, *saved)
-        return out
+    def forward(
+        ctx, configs: tuple[Config, ...], x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None
+    ) -> Tensor:
+        saved, ctx.state_dtypes = [x], []
+        for config, operands in zip(configs, _of_each_block(configs, tensors), strict=True):
+            count = len(config.bn.eps)
+            parameters, state = operands[:count], operands[count:]
+            weights = cast(parameters, x.dtype)
+            inputs = nhwc(x), weights, None if shortcut is None else nhwc(shortcut)
+            x, *found = KINDS[config.kind].forward_ops(inputs, config.bn, state, config.geometry, config.backend)
+            saved += [x, *parameters, *weights, *found]
+            ctx.state_dtypes.append([None if tensor is None else tensor.dtype for tensor in state])
+        ctx.configs = configs
+        ctx.save_for_backward(*saved)
+        return x
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        config = ctx.config
-        kind, count = KINDS[config.kind], len(config.bn.eps)
-        x, out, *saved = ctx.saved_tensors
-        parameters, weights, saved = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        _, need_x, need_shortcut, *need = ctx.needs_input_grad
-        need_state = need[count:]
-        needs = [need_x, need_shortcut, *need[:count], *needed(need_state)]
+        configs, (x, *saved) = ctx.configs, ctx.saved_tensors
+        _, need_input, need_shortcut, *need = ctx.needs_input_grad
+        needs = _of_each_block(configs, need)
+        blocks = _slices(saved, [1 + 2 * len(config.bn.eps) + KINDS[config.kind].saved for config in configs])
+        inputs = [x, *(block[0] for block in blocks[:-1])]
+        parameters: list[Tensor] = []
+        grads: list[Tensor | None] = []
+        dx, dshortcut, masked = nhwc(g), None, False
         with torch.no_grad():
-            dx, dshortcut, *rest = kind.backward_op(
-                nhwc(g), nhwc(x), weights, nhwc(out), saved, list(config.bn.batch_stats), ctx.identity, needs,
-                list(config.geometry), config.backend,
-            )  # fmt: skip
-            dw, vectors = rest[:count], rest[kind.depth + 1 : kind.depth + 1 + count]
-            grads = [None if grad is None else nchw(grad) for grad in (dx, dshortcut)]
-            grads += [*parameter_grads(dw, parameters), *state_grads(vectors, ctx.state_dtypes, need_state)]
+            for i in range(len(configs) - 1, -1, -1):
+                config = configs[i]
+                kind, count = KINDS[config.kind], len(config.bn.eps)
+                need_weights, need_state = needs[i][:count], needs[i][count:]
+                out, *own = blocks[i]
+                parameters = [*own[:count], *parameters]
+                # Behind the first block a gradient is needed in front: see `chain`.
+                need_x, mask_input = (True, config.identity) if i > 0 else (need_input, False)
+                dx, dshortcut, *rest = kind.backward_op(
+                    dx, nhwc(inputs[i]), own[count : 2 * count], None if masked else nhwc(out), own[2 * count :],
+                    list(config.bn.batch_stats), config.identity, mask_input,
+                    [need_x, need_shortcut, *need_weights, *needed(need_state)], list(config.geometry), config.backend,
+                )  # fmt: skip
+                dw, vectors = rest[:count], rest[kind.depth + 1 : kind.depth + 1 + count]
+                state = state_grads(vectors, ctx.state_dtypes[i], need_state)
+                grads = [*parameter_grads(dw, own[:count]), *state, *grads]
+                masked = mask_input
+        grads = [*(None if grad is None else nchw(grad) for grad in (dx, dshortcut)), *grads]
         return None, *refuse_double_backward(grads, g, x, *parameters)
 
 
-def residual_block(
-    kind: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    bns: Sequence[BatchNormParams],
-    projection: tuple[Tensor, BatchNormParams] | None,
-    shortcut: Tensor | None,
-    geometry: Sequence[int],
-    backend: str,
-) -> Tensor:
-    """A block of `KINDS`: checks what `fastres.functional.<kind>` was given and runs it."""
-    if projection is not None and shortcut is not None:
-        raise ValueError(f"{kind}: pass either projection or shortcut, not both")
-    x = prepare_input(kind, x, weights[0])
-    shapes = output_shapes(x.permute(0, 2, 3, 1).shape, KINDS[kind].convs(weights, *geometry))
+def _of_each_block(configs: Sequence[Config], values: Sequence) -> list[Sequence]:
+    """What `ResidualFunction` takes for each block, of all blocks' tensors or something for each of them."""
+    return _slices(values, [(1 + TENSORS) * len(config.bn.eps) for config in configs])
+
+
+def _slices(values: Sequence, sizes: Sequence[int]) -> list[Sequence]:
+    """Consecutive slices of these sizes."""
+    slices, start = [], 0
+    for size in sizes:
+        slices.append(values[start : start + size])
+        start += size
+    return slices
+
+
+def configure(
+    unit: str, block: Block, shape: tuple[int, ...], backend: str, has_shortcut: bool = False
+) -> tuple[Config, list[Tensor | None], tuple[int, ...]]:
+    """What `ResidualFunction` takes for a block whose input has this shape `[N, C, H, W]`, and the output's shape.
+
+    Raises ValueError where the block cannot run on such an input, under the name `unit`.
+    """
+    n, c, h, w = shape
+    shapes = output_shapes((n, h, w, c), KINDS[block.kind].convs(block.weights, *block.geometry))
     shapes = [(n, c, h, w) for n, h, w, c in shapes]
     output = shapes[-1]
-    if projection is not None:
-        weights, bns, shapes = [*weights, projection[0]], [*bns, projection[1]], [*shapes, output]
-    for params, shape in zip(bns, shapes, strict=True):
-        check_rows(params, shape)
+    weights, bns = block.weights, block.bns
+    if block.projection is not None:
+        weights, bns, shapes = [*weights, block.projection[0]], [*bns, block.projection[1]], [*shapes, output]
+    for params, of_conv in zip(bns, shapes, strict=True):
+        check_rows(params, of_conv)
+    identity = block.projection is None and not has_shortcut
+    if identity:
+        check_identity(unit, shape, output)
+    constants, state = flatten(bns)
+    return Config(block.kind, tuple(block.geometry), constants, identity, backend), [*weights, *state], output
+
+
+def chain(configs: Sequence[Config], x: Tensor, tensors: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    """The blocks of these `configure` results on a prepared x, under as few functions as possible."""
+    first = 0
+    # In front of the first block that needs a gradient nothing is saved, and a chain would only keep tensors alive.
+    while first < len(configs) and not _needs_grad(x, tensors[first]):
+        x = ResidualFunction.apply((configs[first],), x, None, *tensors[first])
+        first += 1
+    if first == len(configs):
+        return x
+    return ResidualFunction.apply(tuple(configs[first:]), x, None, *(t for block in tensors[first:] for t in block))
+
+
+def _needs_grad(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
+
+
+def residual_block(block: Block, x: Tensor, shortcut: Tensor | None, backend: str) -> Tensor:
+    """A block by itself: checks what `fastres.functional.<kind>` was given and runs it."""
+    kind = block.kind
+    if shortcut is not None and block.projection is not None:
+        raise ValueError(f"{kind}: pass either projection or shortcut, not both")
+    x = prepare_input(kind, x, block.weights[0])
+    config, tensors, output = configure(kind, block, x.shape, backend, shortcut is not None)
     if shortcut is not None:
         shortcut = check_shortcut(kind, shortcut, output, x.dtype)
-    elif projection is None:
-        check_identity(kind, x, output)
-    config, state = flatten(bns)
-    return ResidualFunction.apply(Config(kind, tuple(geometry), config, backend), x, shortcut, *weights, *state)
+    return ResidualFunction.apply((config,), x, shortcut, *tensors)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ._batch_norm import BatchNormParams, finalize, fold
-from ._residual import Conv, Gradients, Layer, Moments, ResidualBlock, Saved, residual_block
+from ._residual import Block, Conv, Gradients, Layer, Moments, ResidualBlock, Saved, residual_block
 
 
 def _convs(weights: Sequence[Tensor], stride: int) -> list[Conv]:
@@ -48,10 +49,11 @@ def _backward(
     k: SimpleNamespace,
     g: Tensor,
     x: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     layers: Sequence[Layer],
     projection: Layer | None,
     identity: bool,
+    mask_input: bool,
     need_x: bool,
     need_shortcut: bool,
 ) -> Gradients:
@@ -77,7 +79,7 @@ def _backward(
     if first.need_weight:
         dw1 = first.conv.wgrad(k, x, dy1)
     if need_x:
-        dx = first.conv.dgrad(k, dy1, x, g if identity else None)
+        dx = first.conv.dgrad(k, dy1, x, g if identity else None, out is None, mask_input)
     weights, grads = [dw1, dw2], [grad1, grad2]
     if projection is not None:
         dw_p = grad_p = None
@@ -94,6 +96,21 @@ def _backward(
 
 
 ResidualBlock("basic_block", depth=2, folds_last=False, convs=_convs, forward=_forward, backward=_backward)
+
+
+class BasicBlockParams(NamedTuple):
+    """A basic block as `stage` takes it: what `basic_block` takes besides x, a ready-made shortcut and backend."""
+
+    conv1_weight: Tensor
+    bn1: BatchNormParams
+    conv2_weight: Tensor
+    bn2: BatchNormParams
+    projection: tuple[Tensor, BatchNormParams] | None = None
+    stride: int = 1
+
+    def block(self) -> Block:
+        weights, bns = [self.conv1_weight, self.conv2_weight], [self.bn1, self.bn2]
+        return Block("basic_block", weights, bns, self.projection, (self.stride,))
 
 
 def basic_block(
@@ -124,5 +141,5 @@ def basic_block(
     Raises:
         As `fastres.functional.bottleneck`.
     """
-    weights, bns = [conv1_weight, conv2_weight], [bn1, bn2]
-    return residual_block("basic_block", x, weights, bns, projection, shortcut, (stride,), backend)
+    params = BasicBlockParams(conv1_weight, bn1, conv2_weight, bn2, projection, stride)
+    return residual_block(params.block(), x, shortcut, backend)

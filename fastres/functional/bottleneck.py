@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ._batch_norm import BatchNormParams, finalize, fold
-from ._residual import Conv, Gradients, Layer, Moments, ResidualBlock, Saved, residual_block
+from ._residual import Block, Conv, Gradients, Layer, Moments, ResidualBlock, Saved, residual_block
 
 
 def _convs(weights: Sequence[Tensor], stride_1x1: int, stride_3x3: int, dilation: int, groups: int) -> list[Conv]:
@@ -66,10 +67,11 @@ def _backward(
     k: SimpleNamespace,
     g: Tensor,
     x: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     layers: Sequence[Layer],
     projection: Layer | None,
     identity: bool,
+    mask_input: bool,
     need_x: bool,
     need_shortcut: bool,
 ) -> Gradients:
@@ -99,15 +101,16 @@ def _backward(
         grad1 = k.bn_bwd_finalize(sums, bn1, rows1 if first.batch_stats else None)
         del dy2
     formed = {"bn": bn1, "grad": grad1, "y": y1 if first.batch_stats else None}
-    residual = g if identity else None
+    # Without out, g is what the operator was given.
+    added = {"residual": g if identity else None, "keep_residual": out is None}
     if need_x and first.need_weight and first.conv.stride == 1 and k.one_pass:
-        dx, dw1 = k.conv1x1_bwd(x, g1, first.conv.weight, **formed, residual=residual)
+        dx, dw1 = k.conv1x1_bwd(x, g1, first.conv.weight, **formed, **added, mask=mask_input)
     else:
         if first.need_weight:
             dw1 = k.conv1x1_wgrad(x, g1, first.conv.stride, **formed)
         if need_x:
-            hw = x.shape[1:3]
-            dx = k.conv1x1_dgrad(g1, first.conv.weight, hw, first.conv.stride, **formed, residual=residual)
+            hw, mask = x.shape[1:3], x if mask_input else None
+            dx = k.conv1x1_dgrad(g1, first.conv.weight, hw, first.conv.stride, **formed, **added, mask=mask)
     weights, grads = [dw1, dw2, dw3], [grad1, grad2, grad3]
     if projection is not None:
         if projection.y is None:
@@ -163,6 +166,28 @@ def _stored_projection(
 ResidualBlock("bottleneck", depth=3, folds_last=True, convs=_convs, forward=_forward, backward=_backward)
 
 
+class BottleneckParams(NamedTuple):
+    """A bottleneck block as `stage` takes it: what `bottleneck` takes besides x, a ready-made shortcut and backend."""
+
+    conv1_weight: Tensor
+    bn1: BatchNormParams
+    conv2_weight: Tensor
+    bn2: BatchNormParams
+    conv3_weight: Tensor
+    bn3: BatchNormParams
+    projection: tuple[Tensor, BatchNormParams] | None = None
+    stride: int = 1
+    stride_on_1x1: bool = False
+    dilation: int = 1
+    groups: int = 1
+
+    def block(self) -> Block:
+        weights = [self.conv1_weight, self.conv2_weight, self.conv3_weight]
+        bns = [self.bn1, self.bn2, self.bn3]
+        strides = (self.stride, 1) if self.stride_on_1x1 else (1, self.stride)
+        return Block("bottleneck", weights, bns, self.projection, (*strides, self.dilation, self.groups))
+
+
 def bottleneck(
     x: Tensor,
     conv1_weight: Tensor,
@@ -199,7 +224,7 @@ def bottleneck(
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, and, as PyTorch does, for one value per
             channel in training. RuntimeError: when `backend` cannot run, and in double backward.
     """
-    strides = (stride, 1) if stride_on_1x1 else (1, stride)
-    weights, bns = [conv1_weight, conv2_weight, conv3_weight], [bn1, bn2, bn3]
-    geometry = *strides, dilation, groups
-    return residual_block("bottleneck", x, weights, bns, projection, shortcut, geometry, backend)
+    params = BottleneckParams(
+        conv1_weight, bn1, conv2_weight, bn2, conv3_weight, bn3, projection, stride, stride_on_1x1, dilation, groups
+    )
+    return residual_block(params.block(), x, shortcut, backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, make_shortcut
+from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Stage, make_shortcut
 from fastres.nn.blocks import StockBasicBlock, StockBottleneck
 
 BLOCKS = ("basic", "bottleneck", "plain")
@@ -47,7 +47,7 @@ def make_stage(
         downsample = make_shortcut(shortcut or "B", in_channels, out_channels, stride)
         layers.append(block_class(in_channels, planes, stride, downsample, groups, base_width, **options))
         in_channels, stride = out_channels, 1
-    return nn.Sequential(*layers), out_channels
+    return (Stage if blocks > 1 else nn.Sequential)(*layers), out_channels
 
 
 def initialize(model: nn.Module, zero_init_residual: bool = False) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastres import functional, plan
 
-from .fused import FusedModule
+from .fused import FusedUnit
 from .guard import batch_norm_params, block_conv_reason, child_reason, conv_weight, norm_reason
 from .shortcuts import projection_reason
 
@@ -107,8 +107,11 @@ class StockBottleneck(nn.Module):
         return self.relu(out)
 
 
-class _FusedBlock(FusedModule):
+class FusedBlock(FusedUnit):
     """What the two blocks share: strides read from the convs, and the shortcut."""
+
+    params: ClassVar[type]
+    """What `functional.stage` takes for such a block."""
 
     def fused_stride(self) -> int:
         """The block's stride, of its first conv or of its second."""
@@ -127,6 +130,10 @@ class _FusedBlock(FusedModule):
         last = last and (last.in_channels, last.out_channels)
         return plan.form_of_block(dtype, device, self.backend, self.conv1.out_channels, last, projection)
 
+    def fused_arguments(self) -> dict:
+        """Keyword arguments of the fused function, and of `params`: all but the shortcut."""
+        raise NotImplementedError
+
     def fused_shortcut(self, x: Tensor) -> dict:
         """`projection` or `shortcut` for the fused function; neither is the identity."""
         downsample = self.downsample
@@ -134,14 +141,24 @@ class _FusedBlock(FusedModule):
             return {}
         if projection_reason(downsample, self.fused_stride()) is not None:
             return {"shortcut": downsample(x)}
-        conv, bn = downsample.__dict__["_modules"].values()
-        return {"projection": (conv_weight(conv), batch_norm_params(bn))}
+        return {"projection": _projection(downsample)}
+
+    def fused_params(self) -> functional.BasicBlockParams | functional.BottleneckParams:
+        """The block for `functional.stage`, which no shortcut that runs as its own module can be part of."""
+        downsample = self.downsample
+        return self.params(**self.fused_arguments(), projection=None if downsample is None else _projection(downsample))
 
 
-class FusedBasicBlock(_FusedBlock):
+def _projection(downsample: nn.Sequential) -> tuple[Tensor, functional.BatchNormParams]:
+    conv, bn = downsample.__dict__["_modules"].values()
+    return conv_weight(conv), batch_norm_params(bn)
+
+
+class FusedBasicBlock(FusedBlock):
     """Runs a block with the children of `StockBasicBlock` through `fastres.functional.basic_block`."""
 
     unit = "basic_block"
+    params = functional.BasicBlockParams
 
     def fused_reason(self) -> str | None:
         get = self.__dict__["_modules"].get
@@ -153,24 +170,25 @@ class FusedBasicBlock(_FusedBlock):
             or norm_reason("bn2", get("bn2"))
         )
 
-    def fused_forward(self, x: Tensor) -> Tensor:
+    def fused_arguments(self) -> dict:
         modules = self.__dict__["_modules"]
-        return functional.basic_block(
-            x,
-            conv_weight(modules["conv1"]),
-            batch_norm_params(modules["bn1"]),
-            conv_weight(modules["conv2"]),
-            batch_norm_params(modules["bn2"]),
-            **self.fused_shortcut(x),
-            stride=self.fused_stride(),
-            backend=self.backend,
-        )
+        return {
+            "conv1_weight": conv_weight(modules["conv1"]),
+            "bn1": batch_norm_params(modules["bn1"]),
+            "conv2_weight": conv_weight(modules["conv2"]),
+            "bn2": batch_norm_params(modules["bn2"]),
+            "stride": self.fused_stride(),
+        }
+
+    def fused_forward(self, x: Tensor) -> Tensor:
+        return functional.basic_block(x, **self.fused_arguments(), **self.fused_shortcut(x), backend=self.backend)
 
 
-class FusedBottleneck(_FusedBlock):
+class FusedBottleneck(FusedBlock):
     """Runs a block with the children of `StockBottleneck` through `fastres.functional.bottleneck`."""
 
     unit = "bottleneck"
+    params = functional.BottleneckParams
 
     def fused_reason(self) -> str | None:
         get = self.__dict__["_modules"].get
@@ -192,24 +210,24 @@ class FusedBottleneck(_FusedBlock):
             or child_reason("relu", get("relu"), nn.ReLU)
         )
 
-    def fused_forward(self, x: Tensor) -> Tensor:
+    def fused_arguments(self) -> dict:
         modules = self.__dict__["_modules"]
         middle = modules["conv2"].__dict__
-        return functional.bottleneck(
-            x,
-            conv_weight(modules["conv1"]),
-            batch_norm_params(modules["bn1"]),
-            conv_weight(modules["conv2"]),
-            batch_norm_params(modules["bn2"]),
-            conv_weight(modules["conv3"]),
-            batch_norm_params(modules["bn3"]),
-            **self.fused_shortcut(x),
-            stride=self.fused_stride(),
-            stride_on_1x1=modules["conv1"].__dict__["stride"] != (1, 1),
-            dilation=middle["dilation"][0],
-            groups=middle["groups"],
-            backend=self.backend,
-        )
+        return {
+            "conv1_weight": conv_weight(modules["conv1"]),
+            "bn1": batch_norm_params(modules["bn1"]),
+            "conv2_weight": conv_weight(modules["conv2"]),
+            "bn2": batch_norm_params(modules["bn2"]),
+            "conv3_weight": conv_weight(modules["conv3"]),
+            "bn3": batch_norm_params(modules["bn3"]),
+            "stride": self.fused_stride(),
+            "stride_on_1x1": modules["conv1"].__dict__["stride"] != (1, 1),
+            "dilation": middle["dilation"][0],
+            "groups": middle["groups"],
+        }
+
+    def fused_forward(self, x: Tensor) -> Tensor:
+        return functional.bottleneck(x, **self.fused_arguments(), **self.fused_shortcut(x), backend=self.backend)
 
 
 class BasicBlock(FusedBasicBlock, StockBasicBlock):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastres import functional
 
-from .fused import FusedModule
+from .fused import FusedUnit
 from .guard import batch_norm_params, child_reason, conv_reason, conv_weight, norm_reason
 
 
@@ -37,7 +37,7 @@ class StockConvBNReLU2d(nn.Module):
         return self.relu(self.bn(self.conv(x)))
 
 
-class FusedConvBNReLU2d(FusedModule):
+class FusedConvBNReLU2d(FusedUnit):
     """Runs the children `conv`, `bn` and `relu` through `fastres.functional.conv_bn_relu`."""
 
     unit = "conv_bn_relu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,6 @@ class FusedModule:
 
     The stock module keeps its `__init__` and its state; only its class is swapped. So state_dicts, optimizers, hooks on
     the module, `isinstance` and its parents are as before, and swapping back restores the stock module entirely.
-
-    A mixin for one unit sets `unit` and defines `fused_reason` and `fused_forward`.
     """
 
     unit: str
@@ -25,8 +24,30 @@ class FusedModule:
     stock_class: type[nn.Module]
     """What `fastres.revert` swaps back to; each fused class sets its own."""
 
+    settings: ClassVar[tuple[str, ...]]
+    """Instance attributes that `fastres.convert` sets; they survive deepcopy and pickle."""
+
+    def __reduce_ex__(self, protocol: int):
+        reduced = super().__reduce_ex__(max(protocol, 2))
+        if type(self) not in _made:
+            return reduced
+        # A class made at run time is not importable by name: rebuild it from the two that are.
+        return _new, _made[type(self)], *reduced[2:]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _stock_copy(self)
+
+
+class FusedUnit(FusedModule):
+    """A fused module whose children are layers.
+
+    A mixin for one unit sets `unit` and defines `fused_reason` and `fused_forward`.
+    """
+
+    settings = ("backend",)
+
     backend: str = "auto"
-    """One of `fastres.backends.CHOICES`. As an instance attribute it survives deepcopy and pickle."""
+    """One of `fastres.backends.CHOICES`."""
 
     def fused_reason(self) -> str | None:
         """Why the children have to run one by one as they are now, or None."""
@@ -49,16 +70,6 @@ class FusedModule:
         if call_reason(x) is None and self.fused_reason() is None:
             return self.fused_forward(x)
         return super().forward(x)
-
-    def __reduce_ex__(self, protocol: int):
-        reduced = super().__reduce_ex__(max(protocol, 2))
-        if type(self) not in _made:
-            return reduced
-        # A class made at run time is not importable by name: rebuild it from the two that are.
-        return _new, _made[type(self)], *reduced[2:]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return _stock_copy(self)
 
 
 _made: dict[type, tuple[type[FusedModule], type[nn.Module]]] = {}

@@ -46,7 +46,12 @@ def child_reason(name: str, child: nn.Module | None, kind: type[nn.Module]) -> s
     """A child must be exactly of its stock class, which parametrizations and SyncBatchNorm swap, and not hooked."""
     if type(child) is not kind:
         return f"{name} is {type(child).__name__}, not nn.{kind.__name__}"
-    state = child.__dict__
+    return own_call_reason(name, child)
+
+
+def own_call_reason(name: str, module: nn.Module) -> str | None:
+    """Whether something happens in the module's call besides its class's forward."""
+    state = module.__dict__
     if (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastres import functional
 
-from .fused import FusedModule
+from .fused import FusedUnit
 from .guard import batch_norm_params, block_conv_reason, conv_weight, norm_reason
 
 
@@ -25,7 +25,7 @@ class StockProjection(nn.Sequential):
         super().__init__(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_layer(out_channels))
 
 
-class FusedProjection(FusedModule):
+class FusedProjection(FusedUnit):
     """Runs the children `0`, a 1x1 conv, and `1`, its batch norm, through `fastres.functional.projection`."""
 
     unit = "projection"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastres import functional
 
-from .fused import FusedModule
+from .fused import FusedUnit
 from .guard import batch_norm_params, child_reason, conv_reason, conv_weight, norm_reason
 
 
@@ -25,7 +25,7 @@ class StockStem(nn.Module):
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
 
-class FusedStem(FusedModule):
+class FusedStem(FusedUnit):
     """Runs the children `conv1`, `bn1`, `relu` and `maxpool` through `fastres.functional.stem`."""
 
     unit = "stem"

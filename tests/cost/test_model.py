@@ -31,8 +31,8 @@ def test_counted_and_modelled_bytes_of_stock_agree_within_5_percent(name):
     assert cost.modelled_stock_bytes(model, shape) == pytest.approx(counted, rel=0.05)
 
 
-def test_the_plan_of_today_moves_at_most_0_48_of_stock(steps):
-    assert cost.total(steps["today"]).bytes <= 0.48 * cost.total(steps["stock"]).bytes
+def test_the_plan_of_today_moves_at_most_0_44_of_stock(steps):
+    assert cost.total(steps["today"]).bytes <= 0.44 * cost.total(steps["stock"]).bytes
 
 
 def test_the_complete_plan_moves_at_most_0_42_of_stock(steps):
@@ -137,13 +137,24 @@ def test_a_comparison_prints_every_block_and_the_totals(resnet50):
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_inside_a_stage_the_mask_is_in_the_gradient(steps):
+@pytest.mark.parametrize("scheme", ["today", "complete"])
+def test_inside_a_stage_the_mask_is_in_the_gradient(steps, scheme):
     """Only the last block of a stage reads its output for the mask, and writes the masked gradient."""
-    moved = {
-        step.unit: step.bytes for step in steps["complete"] if step.kernel == "expand_wgrad" and "layer3" in step.unit
-    }
+    moved = {step.unit: step.bytes for step in steps[scheme] if step.kernel == "expand_wgrad" and "layer3" in step.unit}
     block = 256 * 14 * 14 * 1024 * 2
     assert moved["layer3.1"] == moved["layer3.4"] == moved["layer3.5"] - 2 * block
+
+
+def test_a_block_that_runs_by_itself_inside_a_stage_keeps_its_steps():
+    model = models.create("cifar_resnet20_bottleneck")
+    chained = cost.training_step(model, (4, 3, 32, 32))
+    model.layer2[1].register_forward_hook(lambda *_: None)
+    apart = cost.training_step(model, (4, 3, 32, 32))
+    places = [[(step.unit, step.direction, step.kernel) for step in steps] for steps in (chained, apart)]
+    assert set(places[0]) <= set(places[1])
+    assert [place for place in places[0] if "layer2" not in place[0]] == [
+        place for place in places[1] if "layer2" not in place[0]
+    ]
 
 
 def test_a_real_step_moves_what_the_meta_device_says():

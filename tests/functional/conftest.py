@@ -79,10 +79,12 @@ class Bottleneck(Unit):
         z += x if shortcut is None else shortcut  # in place, as torchvision: under autocast the sum stays bfloat16
         return F.relu(z)
 
-    def fused(self, x, shortcut=None, backend="auto"):
+    def params(self):
         projection = (self.convs[3].weight, params(self.bns[3])) if len(self.convs) == 4 else None
-        kw = {"projection": projection, "shortcut": shortcut, "backend": backend}
-        return fused.bottleneck(x, *self.weights_and_bns(3), **kw, **self.options)
+        return fused.BottleneckParams(*self.weights_and_bns(3), projection=projection, **self.options)
+
+    def fused(self, x, shortcut=None, backend="auto"):
+        return fused.bottleneck(x, **self.params()._asdict(), shortcut=shortcut, backend=backend)
 
 
 class BasicBlock(Unit):
@@ -104,10 +106,43 @@ class BasicBlock(Unit):
         z += x if shortcut is None else shortcut  # in place, as torchvision: under autocast the sum stays bfloat16
         return F.relu(z)
 
-    def fused(self, x, shortcut=None, backend="auto"):
+    def params(self):
         projection = (self.convs[2].weight, params(self.bns[2])) if len(self.convs) == 3 else None
-        kw = {"projection": projection, "shortcut": shortcut, "stride": self.stride, "backend": backend}
-        return fused.basic_block(x, *self.weights_and_bns(2), **kw)
+        return fused.BasicBlockParams(*self.weights_and_bns(2), projection=projection, stride=self.stride)
+
+    def fused(self, x, shortcut=None, backend="auto"):
+        return fused.basic_block(x, **self.params()._asdict(), shortcut=shortcut, backend=backend)
+
+
+class Stage(nn.Module):
+    """Blocks one behind the other. kinds: a class and its options for each."""
+
+    size = (2, 7, 7)
+
+    def __init__(self, kinds, **options):
+        super().__init__()
+        self.blocks = nn.ModuleList(cls(**own, **options) for cls, own in kinds)
+
+    @property
+    def convs(self):
+        return [conv for block in self.blocks for conv in block.convs]
+
+    @property
+    def bns(self):
+        return [bn for block in self.blocks for bn in block.bns]
+
+    def stock(self, x):
+        for block in self.blocks:
+            x = block.stock(x)
+        return x
+
+    def one_by_one(self, x):
+        for block in self.blocks:
+            x = block.fused(x)
+        return x
+
+    def fused(self, x, backend="auto"):
+        return fused.stage(x, [block.params() for block in self.blocks], backend=backend)
 
 
 class ConvBNReLU(Unit):
@@ -155,6 +190,20 @@ class Projection(Unit):
         return fused.projection(x, *self.weights_and_bns(1), stride=self.stride, backend=backend)
 
 
+NARROWING = {"projection": True, "stride": 2}
+STAGES = {
+    "stage-bottleneck": [(Bottleneck, NARROWING | {"cin": 6}), (Bottleneck, {}), (Bottleneck, {})],
+    "stage-basic": [(BasicBlock, NARROWING | {"cin": 5}), (BasicBlock, {}), (BasicBlock, {})],
+    # Every kind of boundary: an identity or a projection behind each of them, and another kind of block.
+    "stage-mixed": [
+        (Bottleneck, {}),
+        (Bottleneck, NARROWING),
+        (Bottleneck, {"projection": True}),
+        (BasicBlock, {"projection": True, "cin": 16}),
+        (BasicBlock, {}),
+    ],
+}
+
 UNITS = {
     "bottleneck": (Bottleneck, {}),
     "bottleneck-projection": (Bottleneck, {"projection": True, "cin": 6}),
@@ -173,18 +222,34 @@ UNITS = {
     "stem": (Stem, {}),
     "projection": (Projection, {}),
     "projection-stride1": (Projection, {"stride": 1}),
+    **{name: (Stage, {"kinds": kinds}) for name, kinds in STAGES.items()},
 }
 
 
-BOTH_FORMS = [name for name, (cls, _) in UNITS.items() if cls in (Bottleneck, BasicBlock, Projection)]
+BOTH_FORMS = [name for name, (cls, _) in UNITS.items() if cls in (Bottleneck, BasicBlock, Projection, Stage)]
 
 
-@pytest.fixture(params=[*UNITS, *(f"{name}, stored" for name in BOTH_FORMS)])
-def unit_name(request) -> str:
-    """Of every unit, in every form; the forms on a CPU are Gram-folded unless a plan is told otherwise."""
-    name, _, stored = request.param.partition(", ")
+def in_both_forms(names) -> list[str]:
+    return [*names, *(f"{name}, stored" for name in names if name in BOTH_FORMS)]
+
+
+def in_form(param: str):
+    """The name without the form; inside, plans have that form."""
+    name, _, stored = param.partition(", ")
     with plan.wrapping(lambda k: plan.in_form(k, gram_folding=False)) if stored else contextlib.nullcontext():
         yield name
+
+
+@pytest.fixture(params=in_both_forms(UNITS))
+def unit_name(request) -> str:
+    """Of every unit, in every form; the forms on a CPU are Gram-folded unless a plan is told otherwise."""
+    yield from in_form(request.param)
+
+
+@pytest.fixture(params=in_both_forms([name for name in UNITS if name not in STAGES]))
+def single_unit_name(request) -> str:
+    """As `unit_name` without stages, whose numbers are those of their blocks bit for bit (`test_stage.py`)."""
+    yield from in_form(request.param)
 
 
 @pytest.fixture

@@ -25,14 +25,23 @@ class RecordFastresCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+BOTTLENECK, BASIC = torch.ops.fastres.bottleneck_bwd.default, torch.ops.fastres.basic_block_bwd.default
+
+
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_opcheck(unit_name, make_unit, train):
     unit, x = make_unit(unit_name, dtype=torch.float32)
     unit.train(train)
     with RecordFastresCalls() as record:
         unit.fused(x.requires_grad_()).sum().backward()
-    assert len(record.calls) == 2
-    for operator, args in record.calls:
+    calls = record.calls
+    if unit_name.startswith("stage"):
+        # Those that a block by itself does not make: of a gradient that is masked, or that the block in front wants so.
+        calls = [call for call in calls if call[0] in (BOTTLENECK, BASIC) and (call[1][3] is None or call[1][7])]
+        assert calls
+    else:
+        assert len(calls) == 2
+    for operator, args in calls:
         args = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args)
         # Autograd stands outside the operators, in an autograd.Function: the registration test does not apply.
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -40,9 +49,9 @@ def test_opcheck(unit_name, make_unit, train):
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_compiles_as_one_graph_and_matches_eager(unit_name, make_unit, train):
+def test_compiles_as_one_graph_and_matches_eager(single_unit_name, make_unit, train):
     torch._dynamo.reset()
-    unit, x = make_unit(unit_name)
+    unit, x = make_unit(single_unit_name)
     unit.train(train)
     other = copy.deepcopy(unit)
     function = torch.compile(other.fused, fullgraph=True, backend="aot_eager")
@@ -106,18 +115,18 @@ def relative(value, exact):
         ("float32", "library"),
     ],
 )
-def test_three_way_error_is_within_twice_stocks(unit_name, make_unit, run_both, mode, backend):
+def test_three_way_error_is_within_twice_stocks(single_unit_name, make_unit, run_both, mode, backend):
     """||ours - exact|| <= 2 ||stock - exact|| + eps/8 ||exact||, exact in float64 from the same rounded inputs."""
     dtype = torch.float16 if mode == "float16" else torch.float32
     # One ReLU mask that rounding flips is a larger difference than all arithmetic: flips must average out over seeds.
     errors = {}
     for seed in range(4):
-        size = (8, 65, 64) if unit_name in ("stem", "conv1x1-bn-relu") else (8, 33, 32)
+        size = (8, 65, 64) if single_unit_name in ("stem", "conv1x1-bn-relu") else (8, 33, 32)
         if mode == "float32":
             size = (4, 9, 8)  # so few values that none comes close enough to zero for a flip
         # Stock's dilated bfloat16 wgrad is NaN on CPUs where channels are not a multiple of 16.
-        scale = 8 if unit_name == "conv3x3-dilated" else 4
-        unit, x = make_unit(unit_name, dtype=dtype, seed=seed, size=size, scale=scale)
+        scale = 8 if single_unit_name == "conv3x3-dilated" else 4
+        unit, x = make_unit(single_unit_name, dtype=dtype, seed=seed, size=size, scale=scale)
         state = torch.get_rng_state()
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
             stock, ours = run_both(unit, x, backend=backend)

@@ -21,6 +21,7 @@ from fastres.cost.model import on_meta
 from fastres.cost.traffic import Operators, tensors
 from fastres.functional import _library
 from fastres.kernels import reference
+from fastres.models.stages import make_stage
 from fastres.nn import make_shortcut
 from fastres.numerics import assert_three_way, relative_error
 
@@ -221,6 +222,50 @@ def test_forms_of_a_gpu_are_exact_in_float64(stride, channels, training, form):
         found.append((out, *grads, *model.state_dict().values()))
     for ours, exact in zip(*found, strict=True):
         assert relative_error(ours.double(), exact.double()) < 1e-10
+
+
+@pytest.mark.parametrize("form", GPU_FORMS)
+@pytest.mark.parametrize("block", ["bottleneck", "basic"])
+def test_a_stage_in_forms_of_a_gpu_is_exact_in_float64(block, form):
+    torch.manual_seed(0)
+    fused = make_stage(block, 24, 16, 3, 2)[0].double()
+    stock = fastres.revert(copy.deepcopy(fused))
+    x, found = torch.randn(4, 24, 9, 8).double(), []
+    for model in (fused, stock):
+        own = x.clone().requires_grad_()
+        with plan.wrapping(lambda k: plan.in_form(k, gram_folding=True, **GPU_FORMS[form])):
+            out = model(own)
+            grads = torch.autograd.grad(out.square().sum(), [own, *model.parameters()])
+        found.append((out, *grads, *model.state_dict().values()))
+    for ours, exact in zip(*found, strict=True):
+        assert relative_error(ours.double(), exact.double()) < 1e-10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are interpreted where there is no GPU")
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_a_stage_by_tritons_kernels_equals_its_blocks(one_pass):
+    """Bit for bit, in float16 through the interpreter; the gradient that a kernel was given stays what it was."""
+    pytest.importorskip("triton")
+    from fastres.kernels import triton
+
+    torch.manual_seed(0)
+    chained = make_stage("bottleneck", 24, 8, 3, 2)[0].half().to(memory_format=torch.channels_last)
+    for bn in (module for module in chained.modules() if isinstance(module, nn.BatchNorm2d)):
+        bn.float()
+    apart = copy.deepcopy(chained)
+    apart.granularity = "block"
+    x = torch.randn(4, 24, 9, 8).half().to(memory_format=torch.channels_last)
+    ours = {name: getattr(triton, name) for name in triton.__all__} | {"fold_projection": False, "one_pass": one_pass}
+    found = []
+    for model in (chained, apart):
+        own = x.clone().requires_grad_()
+        with plan.wrapping(lambda k: type(k)(**vars(k) | ours)):
+            out = model(own)
+            g = torch.ones_like(out)
+            found.append((out, *torch.autograd.grad(out, [own, *model.parameters()], g)))
+        assert g.eq(1).all()
+    for together, separate in zip(*found, strict=True):
+        assert torch.equal(together, separate)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are interpreted where there is no GPU")

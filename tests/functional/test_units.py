@@ -121,7 +121,10 @@ def test_gradcheck(unit_name, make_unit):
         return torch.func.functional_call(_Fused(unit), dict(zip(names, values, strict=True)), (x,))
 
     values = [p.detach().clone().requires_grad_() for p in unit.parameters()]
-    assert torch.autograd.gradcheck(function, (x.requires_grad_(), *values), eps=1e-6, atol=1e-6, rtol=1e-5)
+    # Of a stage's many weights, in random directions.
+    fast = unit_name.startswith("stage")
+    inputs = x.requires_grad_(), *values
+    assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=fast)
 
 
 class _Fused(torch.nn.Module):

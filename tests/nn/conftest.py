@@ -24,7 +24,7 @@ def fused_calls(monkeypatch):
 
         return call
 
-    for name in ("basic_block", "bottleneck", "conv_bn_relu", "projection", "stem"):
+    for name in ("basic_block", "bottleneck", "conv_bn_relu", "projection", "stage", "stem"):
         monkeypatch.setattr(functional, name, watched(name, getattr(functional, name)))
     return counts
 

@@ -10,6 +10,7 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
+from fastres.models.stages import make_stage
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Projection, Stem, ZeroPadShortcut, projection_shortcut
 
 MODULES = {
@@ -106,3 +107,68 @@ def test_a_dynamic_batch_needs_no_graph_per_size(stock_twin, run, assert_equal_i
         x = torch.randn(batch, 4, 8, 8, dtype=torch.float64, requires_grad=True)
         assert_equal_in_float64(run(module, x), run(stock, x))
     assert len(graphs.forward) == 2
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("form", ["all", "a frozen block in front", "one by itself"])
+def test_a_stage_is_one_graph_of_its_blocks(form, training, stock_twin, run, assert_equal_in_float64):
+    torch.manual_seed(0)
+    stage = make_stage("bottleneck", 4, 2, 3, 2)[0].double().train(training)
+    if form == "a frozen block in front":
+        stage[0].requires_grad_(False)
+    if form == "one by itself":
+        stage[1].bn1 = nn.GroupNorm(1, 2).double()
+    x = torch.randn(3, 4, 8, 8, dtype=torch.float64, requires_grad=form == "all")
+    stock = stock_twin(stage)
+    graphs = Graphs()
+    stage.compile(backend=graphs.backend, fullgraph=True)
+    assert_equal_in_float64(run(stage, x), run(stock, x))
+    assert len(graphs.forward) == len(graphs.backward) == 1
+    forward, backward = (graphs.fused_operators(side[0]) for side in (graphs.forward, graphs.backward))
+    blocks = 2 if form == "one by itself" else 3
+    assert forward == {f"bottleneck_{'train' if training else 'const'}": blocks}
+    assert backward == {"bottleneck_bwd": blocks - (form == "a frozen block in front")}
+
+
+def test_a_stage_follows_the_batch_and_its_blocks(stock_twin, run, assert_equal_in_float64):
+    stage = make_stage("basic", 4, 6, 3, 2)[0].double()
+    stock = stock_twin(stage)
+    graphs = Graphs()
+    stage.compile(backend=graphs.backend, fullgraph=True)
+
+    def compare(batch: int) -> None:
+        for module in (stage, stock):
+            module.zero_grad()
+        x = torch.randn(batch, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+        assert_equal_in_float64(run(stage, x), run(stock, x))
+
+    for batch in (4, 6, 7, 5):
+        compare(batch)
+    assert len(graphs.forward) == 2
+    for module in (stage, stock):
+        module[1].bn1.eval()
+        module[2].conv2.weight.requires_grad_(False)
+    compare(4)
+    stage.granularity = "block"
+    compare(4)
+
+
+def test_a_stage_asks_torch_distributed_in_one_graph(tmp_path, monkeypatch, run):
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo, which the CPU process group needs")
+    x = torch.randn(3, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+
+    def operators():
+        stage = make_stage("basic", 4, 6, 3, 2)[0].double()
+        graphs = Graphs()
+        stage.compile(backend=graphs.backend, fullgraph=True)
+        run(stage, x)
+        return [graphs.fused_operators(graph) for graph in graphs.forward]
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert operators() == [{"basic_block_train": 3}]
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        assert operators() == [{"basic_block_train": 3}]
+    finally:
+        torch.distributed.destroy_process_group()

@@ -129,7 +129,7 @@ def test_classes_are_torchvisions_still(torchvision_models, resnet18):
     assert all(isinstance(block, stock_class) for stage in (resnet18.layer1, resnet18.layer4) for block in stage)
     fastres.revert(resnet18)
     assert type(resnet18) is torchvision_models.ResNet
-    assert type(resnet18.layer1[0]) is stock_class
+    assert type(resnet18.layer1[0]) is stock_class and type(resnet18.layer1) is nn.Sequential
     assert not any(isinstance(module, FusedModule) for module in resnet18.modules())
 
 
@@ -150,6 +150,7 @@ def test_hooks_on_the_stages_and_slices_of_them_work(resnet18):
         resnet18(torch.randn(2, 3, 32, 32))
     assert seen == [(2, 128, 4, 4)]
     assert isinstance(resnet18.layer2[:1][0], FusedModule)
+    assert type(resnet18.layer2) is type(resnet18.layer2[:1]) is fastres.nn.Stage
 
 
 def test_a_hook_on_the_stem_runs_it_as_stock_and_leaves_the_blocks_fused(resnet18):
@@ -185,10 +186,11 @@ def test_intermediate_layer_getter_keeps_the_blocks_fused_and_explain_names_its_
     with torch.no_grad(), FusedOperators() as operators:
         backbone(torch.randn(2, 3, 32, 32))
     assert operators.names == 4 * ["basic_block_const"]
-    stem, *blocks = fastres.explain(backbone).rows
+    stem, *rest = fastres.explain(backbone).rows
     assert (stem.unit, stem.status) == ("stem", "stock")
     assert stem.reason == "torchvision.models._utils.IntermediateLayerGetter is not a class that fastres knows"
-    assert [row.status for row in blocks] == 4 * ["fused"]
+    assert [row.path for row in rest] == ["layer1", "layer1.0", "layer1.1", "layer2", "layer2.0", "layer2.1"]
+    assert [row.status for row in rest] == 6 * ["fused"]
     with pytest.raises(ValueError, match=r"1 of 5 units run as stock modules: the model \(stem\)"):
         fastres.convert(backbone, strict=True)
 
@@ -218,7 +220,9 @@ def test_sync_batch_norm_conversion_gives_stock_blocks_with_the_reason(resnet18)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(resnet18)
     rows = fastres.explain(model).rows
     assert {row.status for row in rows} == {"stock"}
-    assert {row.reason for row in rows} == {"bn1 is SyncBatchNorm, not nn.BatchNorm2d"}
+    reason = "bn1 is SyncBatchNorm, not nn.BatchNorm2d"
+    assert {row.reason for row in rows if row.unit != "stage"} == {reason}
+    assert {row.reason for row in rows if row.unit == "stage"} == {f"its blocks run one by one: {reason}"}
 
 
 def test_float32_training_follows_stock(torchvision_models):
