@@ -3,8 +3,9 @@
 A plan is a namespace `k` with one launcher per kernel name; the bodies in `fastres.functional` read `k.conv1x1(...)`
 and know nothing of backends. Flags beside the launchers say which lists of calls they run:
 
-- `k.gram_folding`: the block's own, Gram-folded list, or the stored one (`fastres.functional._residual`).
-- `k.fold_projection`: in a Gram-folded bottleneck, whether the projection is folded too, or its raw output stored.
+- `k.gram_folding`: the block's own list, in which a bottleneck's last conv is Gram-folded, or the stored one
+  (`fastres.functional._residual`).
+- `k.fold_projection`: in a block's own list, whether the projection is folded too, or its raw output stored.
 - `k.one_pass`: whether both gradients of a bottleneck's first conv come out of one pass (`conv1x1_bwd`).
 
 On a CPU launches cost little and blocks are folded for the memory, although the stored form can be the faster one
@@ -176,7 +177,8 @@ def form_of_block(
     k = resolve_block(dtype, device, backend, first, last, projection)
     costs = "{} channels would cost more products than it saves bytes (modelled)"
     if last is None:
-        return "convs stored" + (", projection Gram-folded" if k.gram_folding and projection is not None else "")
+        what = "Gram-folded" if k.gram_folding and k.fold_projection else "stored"
+        return "convs stored" + (f", projection {what}" if projection is not None and what != "stored" else "")
     if not k.gram_folding:
         if origin(k.expand) == "triton":
             return f"convs stored: {costs.format(f'folding {last[0]}')}"
@@ -226,14 +228,18 @@ def seconds_saved_by_folding(pixels: int, channels: int, outputs: int, strided: 
     return pixels * (bytes_saved / _MEMORY - slower) - small_matrices
 
 
-def seconds_saved_per_pixel(channels: int, outputs: int, projection: bool) -> float:
-    """Of a training step of a bottleneck on a GPU, for each pixel of its output, by folding its last conv or its
-    projection, of these input and output channels, instead of storing the raw output.
+def seconds_saved_per_pixel(channels: int, outputs: int, folds: str) -> float:
+    """Of a training step of a block on a GPU, for each pixel of its output, by folding its "last conv", or the
+    "projection of a bottleneck" or "of a basic block", instead of storing the raw output.
 
-    A model, not a measurement: docs/arithmetic.md, "What the plan folds, and chooses".
+    A model, not a measurement: docs/arithmetic.md, "What the plan folds, and chooses". channels, outputs: of the conv.
     """
-    bytes_saved = 2 * (7 * outputs - 2 * channels) if projection else 2 * 8 * outputs
-    return bytes_saved / _MEMORY - 3 * channels**2 / (_MMA_SYNC if projection else _TRITON)
+    elements_saved = {
+        "last conv": 8 * outputs,
+        "projection of a bottleneck": 7 * outputs - 2 * channels,
+        "projection of a basic block": 2 * outputs - 2 * channels,
+    }[folds]
+    return 2 * elements_saved / _MEMORY - 3 * channels**2 / (_TRITON if folds == "last conv" else _MMA_SYNC)
 
 
 @contextlib.contextmanager
@@ -318,14 +324,18 @@ def _resolve_block(
     projection: tuple[int, int] | None,
 ) -> SimpleNamespace:
     k = _resolve(dtype, device_type, backend)
-    if origin(k.expand) != "triton" or last is None or seconds_saved_per_pixel(*last, projection=False) <= 0:
+    if origin(k.expand) != "triton" or (last is not None and seconds_saved_per_pixel(*last, folds="last conv") <= 0):
         return k
     flags = {"gram_folding": True, "one_pass": first <= ONE_PASS_CHANNELS and dtype != torch.float32}
     flags["projection_conv"] = k.conv1x1  # the same contract, where the extension does not serve it
     if projection is not None and backend == "auto" and _extension_on_gpu(dtype, device_type):
         extension = backends.load("projection")
-        flags |= {name: getattr(extension, name) for name in _EXTENSION_IN_BLOCKS}
-        flags["fold_projection"] = seconds_saved_per_pixel(*projection, projection=True) > 0
+        # In a bottleneck the projection is folded inside of `expand` and `expand_wgrad`.
+        folds, names = ("projection of a bottleneck", _EXTENSION_IN_BLOCKS)
+        if last is None:
+            folds, names = "projection of a basic block", ("projection_conv", *_FOLDED_PROJECTION)
+        flags |= {name: getattr(extension, name) for name in names}
+        flags["fold_projection"] = seconds_saved_per_pixel(*projection, folds=folds) > 0
     return SimpleNamespace(**vars(k) | flags)
 
 

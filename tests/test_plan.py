@@ -107,9 +107,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 def test_blocks_are_folded_on_a_gpu_where_triton_makes_expand_one_pass(device, dtype, backend, folded):
     k = plan.resolve_block(dtype, torch.device(device), backend, **BLOCK)
     assert k.gram_folding is folded
-    assert plan.resolve_block(dtype, torch.device(device), backend, 64, None, None).gram_folding is (
-        folded and plan.origin(k.expand) != "triton"
-    ), "a basic block has no conv to fold"
+    assert plan.resolve_block(dtype, torch.device(device), backend, 64, None, None).gram_folding is folded
 
 
 @needs_triton
@@ -152,7 +150,9 @@ COSTS = "{} channels would cost more products than it saves bytes (modelled)"
         (torch.bfloat16, (1024, 2048), None, True, f"convs stored: {COSTS}"),
         (torch.float32, (64, 256), None, True, "convs stored: products of float32 are the library's"),
         (torch.float64, (64, 256), (64, 256), True, "Gram-folded, projection too"),
-        (torch.bfloat16, None, (64, 128), True, "convs stored"),
+        (torch.bfloat16, None, (64, 128), True, "convs stored, projection Gram-folded"),
+        (torch.bfloat16, None, (64, 128), False, "convs stored"),
+        (torch.bfloat16, None, (128, 256), True, "convs stored"),
         (torch.float64, None, (64, 128), True, "convs stored, projection Gram-folded"),
     ],
 )

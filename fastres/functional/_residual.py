@@ -132,6 +132,15 @@ class Gradients(NamedTuple):
     grads: Sequence[Tensor | None]
 
 
+def project(k: SimpleNamespace, x: Tensor, projection: Conv, params: BatchNormParams) -> tuple[Tensor, Tensor]:
+    """The raw output of a projection that is not Gram-folded, and its `bn`."""
+    if params.batch_stats:
+        y, stats = k.projection_conv(x, projection.weight, projection.stride)
+    else:
+        y, stats = k.conv1x1(x, projection.weight, projection.stride, with_stats=False)
+    return y, finalize(k, params, stats, x.dtype)
+
+
 # The stored form
 
 
@@ -181,10 +190,10 @@ def stored_backward(
     grads: list[Tensor | None] = [None] * len(layers)
     dx = dy = residual = None
 
-    grads[-1], grad_p = _sums_of_both_branches(k, g, out, layers[-1], projection, need_dy[-1], need_p)
+    grads[-1], grad_p = sums_of_both_branches(k, g, out, layers[-1], projection, need_dy[-1], need_p)
     need_residual = need_shortcut or need_p or (identity and need_x)
     if need_dy[-1] or need_residual:
-        dy, residual = _apply_to_both_branches(k, g, out, layers[-1], projection, grads[-1], grad_p, need_residual)
+        dy, residual = apply_to_both_branches(k, g, out, layers[-1], projection, grads[-1], grad_p, need_residual)
     for i in range(len(layers) - 1, 0, -1):
         layer, front = layers[i], layers[i - 1]
         if layer.need_weight:
@@ -219,7 +228,7 @@ def _vectors(k: SimpleNamespace, layer: Layer, sums: Tensor) -> Tensor:
     return k.bn_bwd_finalize(sums, layer.bn, layer.y.shape[:3].numel() if layer.batch_stats else None)
 
 
-def _sums_of_both_branches(
+def sums_of_both_branches(
     k: SimpleNamespace,
     g: Tensor,
     out: Tensor | None,
@@ -238,7 +247,7 @@ def _sums_of_both_branches(
     return _vectors(k, last, sums), _vectors(k, projection, sums_p) if for_p else None
 
 
-def _apply_to_both_branches(
+def apply_to_both_branches(
     k: SimpleNamespace,
     g: Tensor,
     out: Tensor | None,
@@ -345,9 +354,9 @@ class ResidualBlock:
             Layer(*layer, *flags) for layer, *flags in zip(each, batch_stats, need_weights, need_bns, strict=True)
         ]
         *layers, projection = self._padded(layers)
-        # By what was saved: the plan may be another one by now.
+        # By what was saved: the plan may be another one by now. Of a basic block either form takes raw outputs.
         last = layers[-1] if self.folds_last else projection
-        folded = k.gram_folding if last is None else last.y is None
+        folded = (last is not None and last.y is None) or (k.gram_folding and not self.folds_last)
         form = self._folded_backward if folded else stored_backward
         found = form(k, g, x, out, layers, projection, identity, mask_input, need_x, need_shortcut)
         dw = [
@@ -369,9 +378,7 @@ class ResidualBlock:
         k = self._plan(x, convs, backend)
         if k.gram_folding:
             reads = [shapes[-2][3], x.shape[3]]
-            # A basic block's own list is there to fold its projection.
-            fold_projection = k.fold_projection or not self.folds_last
-            folds = [False] * (self.depth - 1) + [self.folds_last, fold_projection]
+            folds = [False] * (self.depth - 1) + [self.folds_last, k.fold_projection]
             for i in (i for i in range(len(convs)) if folds[i]):
                 raw[i] = None
                 if bns[i].batch_stats:

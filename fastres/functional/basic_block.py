@@ -1,8 +1,9 @@
 """The basic block: two 3x3 convolutions, each with batch norm, a shortcut and ReLUs.
 
 Source: He et al., "Deep Residual Learning for Image Recognition" (2015), figure 5 left. Forward and backward here are
-the lists of kernel calls with a Gram-folded projection that docs/arithmetic.md derives. Saved for backward are x, y1,
-y2, out and small float32 matrices. The stored form is in `_residual.py`.
+the lists of kernel calls that docs/arithmetic.md derives. Saved for backward are x, y1, y2, out and of a projection
+small float32 matrices, where it is Gram-folded, or its raw output (`k.fold_projection`). The form for convolutions that
+fuse nothing is in `_residual.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ._batch_norm import BatchNormParams, finalize, fold
-from ._residual import Block, Conv, Gradients, Layer, Moments, ResidualBlock, Saved, residual_block
+from ._residual import (
+    Block,
+    Conv,
+    Gradients,
+    Layer,
+    Moments,
+    ResidualBlock,
+    Saved,
+    apply_to_both_branches,
+    project,
+    residual_block,
+    sums_of_both_branches,
+)
 
 
 def _convs(weights: Sequence[Tensor], stride: int) -> list[Conv]:
@@ -35,14 +48,16 @@ def _forward(
     bn1 = finalize(k, bns[0], stats, x.dtype)
     y2, stats = k.conv3x3(k.bn_act(y1, bn1), conv2.weight, with_stats=bns[1].batch_stats)
     bn2 = finalize(k, bns[1], stats, x.dtype)
-    raw, vectors, moments_p = [y1, y2], [bn1, bn2], Moments()
-    if projection is not None:
-        of_x = k.projection_gram(x, projection.stride) if bns[2].batch_stats else None
-        bn_p, *found = fold(k, bns[2], of_x, y2.shape[:3].numel(), projection.weight)
-        shortcut = k.projection_fprop(x, projection.weight, bn_p, projection.stride)
-        raw, vectors, moments_p = [*raw, None], [*vectors, bn_p], Moments(*found)
-    out = k.bn_act(y2, bn2, x if shortcut is None else shortcut)
-    return Saved(out, raw, vectors, moments_p=moments_p)
+    raw, vectors = [y1, y2], [bn1, bn2]
+    if projection is None:
+        return Saved(k.bn_act(y2, bn2, x if shortcut is None else shortcut), raw, vectors)
+    if not k.fold_projection:
+        y_p, bn_p = project(k, x, projection, bns[2])
+        return Saved(k.bn_act(y2, bn2, y_p, bn_p), [*raw, y_p], [*vectors, bn_p])
+    of_x = k.projection_gram(x, projection.stride) if bns[2].batch_stats else None
+    bn_p, *found = fold(k, bns[2], of_x, y2.shape[:3].numel(), projection.weight)
+    shortcut = k.projection_fprop(x, projection.weight, bn_p, projection.stride)
+    return Saved(k.bn_act(y2, bn2, shortcut), [*raw, None], [*vectors, bn_p], moments_p=Moments(*found))
 
 
 def _backward(
@@ -58,17 +73,20 @@ def _backward(
     need_shortcut: bool,
 ) -> Gradients:
     first, second = layers
-    (y1, bn1), (y2, bn2) = (first.y, first.bn), (second.y, second.bn)
+    y1, bn1 = first.y, first.bn
     need_1 = need_x or first.need
     need_p = projection is not None and (need_x or projection.need)
-    rows1, rows2 = y1.shape[:3].numel(), y2.shape[:3].numel()
-    dx = dw1 = dw2 = grad1 = None
+    folds_p = projection is not None and projection.y is None
+    stored_p = None if folds_p else projection
+    rows1, rows2 = y1.shape[:3].numel(), second.y.shape[:3].numel()
+    dx = dw1 = dw2 = dw_p = grad1 = None
 
-    sums, _ = k.bn_bwd_reduce(g, y2, bn2, out=out)
-    grad2 = k.bn_bwd_finalize(sums, bn2, rows2 if second.batch_stats else None)
+    # Both batch norms end at the same ReLU: a folded projection takes the sum of g from the other's.
+    sums_for = second._replace(need_bn=True) if folds_p else second
+    grad2, grad_p = sums_of_both_branches(k, g, out, sums_for, stored_p, True, need_p)
     need_residual = need_shortcut or need_p or (identity and need_x)
-    raw2 = y2 if second.batch_stats else None
-    dy2, g = k.bn_bwd_apply(g, raw2, bn2, grad2, out=out, need_residual=need_residual)
+    # With a stored projection g is from here on the gradient of its raw output.
+    dy2, g = apply_to_both_branches(k, g, out, second, stored_p, grad2, grad_p, need_residual)
     if second.need_weight:
         dw2 = k.conv3x3_wgrad(y1, dy2, bn=bn1)
     if need_1:
@@ -80,17 +98,20 @@ def _backward(
         dw1 = first.conv.wgrad(k, x, dy1)
     if need_x:
         dx = first.conv.dgrad(k, dy1, x, g if identity else None, out is None, mask_input)
+    if folds_p and need_p:
+        weight, stride = projection.conv.weight, projection.conv.stride
+        p, _ = k.projection_wgrad(g, x, stride, with_sum=False)
+        small = p, grad2[1], weight, projection.bn, rows2, *projection.moments
+        dw_p, grad_p, u, v, c, v_scale, d = k.gram_bwd(*small)
+        if need_x:
+            k.projection_dgrad(dx, g, x, u, v, c, stride, v_scale=v_scale, d=d)
+    elif stored_p is not None:
+        if stored_p.need_weight:
+            dw_p = stored_p.conv.wgrad(k, x, g)
+        if need_x:
+            dx = stored_p.conv.dgrad(k, g, x, dx)
     weights, grads = [dw1, dw2], [grad1, grad2]
     if projection is not None:
-        dw_p = grad_p = None
-        if need_p:
-            weight, stride = projection.conv.weight, projection.conv.stride
-            p, _ = k.projection_wgrad(g, x, stride, with_sum=False)
-            # dbeta of the main branch: both batch norms end at the same ReLU and share g and its sum.
-            small = p, grad2[1], weight, projection.bn, rows2, *projection.moments
-            dw_p, grad_p, u, v, c, v_scale, d = k.gram_bwd(*small)
-            if need_x:
-                k.projection_dgrad(dx, g, x, u, v, c, stride, v_scale=v_scale, d=d)
         weights, grads = [*weights, dw_p], [*grads, grad_p]
     return Gradients(dx, g if need_shortcut else None, weights, grads)
 

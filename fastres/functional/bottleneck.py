@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ._batch_norm import BatchNormParams, finalize, fold
-from ._residual import Block, Conv, Gradients, Layer, Moments, ResidualBlock, Saved, residual_block
+from ._residual import Block, Conv, Gradients, Layer, Moments, ResidualBlock, Saved, project, residual_block
 
 
 def _convs(weights: Sequence[Tensor], stride_1x1: int, stride_3x3: int, dilation: int, groups: int) -> list[Conv]:
@@ -53,11 +53,7 @@ def _forward(
         out = k.expand(y2, bn2, conv3.weight, bn3, x, **second)
         raw, vectors, moments_p = [*raw, None], [*vectors, bn_p], Moments(*found)
     else:
-        if bns[3].batch_stats:
-            y_p, stats = k.projection_conv(x, projection.weight, projection.stride)
-        else:
-            y_p, stats = k.conv1x1(x, projection.weight, projection.stride, with_stats=False)
-        bn_p = finalize(k, bns[3], stats, x.dtype)
+        y_p, bn_p = project(k, x, projection, bns[3])
         out = k.expand(y2, bn2, conv3.weight, bn3, y_p, shortcut_bn=bn_p)
         raw, vectors = [*raw, y_p], [*vectors, bn_p]
     return Saved(out, raw, vectors, Moments(*moments), moments_p)

@@ -97,8 +97,8 @@ def test_convolutions_take_and_give_channels_last(step_on_a_gpu):
         seen += 1
         for t in operands:
             assert t.is_contiguous(memory_format=torch.channels_last), (operator, t.shape, t.stride())
-    # The 7x7 and the sixteen 3x3, each with fprop, dgrad (not of the stem) and wgrad; in float32 the 36 1x1 too.
-    assert seen == 3 * (17 + (36 if dtype == torch.float32 else 0)) - 1
+    # Each with fprop, dgrad (not of the stem) and wgrad. In 16 bits Triton takes all of these small ones but the 7x7.
+    assert seen == 3 * (53 if dtype == torch.float32 else 1) - 1
 
 
 def test_no_activation_is_copied_inside_the_units(step_on_a_gpu):
