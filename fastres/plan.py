@@ -43,6 +43,8 @@ _EXTENSION_IN_BLOCKS = ("projection_gram", "projection_conv", "projection_dgrad"
 CONV3X3 = ("conv3x3", "conv3x3_dgrad", "conv3x3_wgrad")
 """Kernels that the library takes as a convolution with passes around it; those are Triton's where Triton runs."""
 
+_PASSES = ("channel_stats", "bn_act", "bn_bwd_mask", "add_masked")
+
 BY_COST = (
     *("conv1x1", "conv1x1_bwd", "conv1x1_dgrad", "conv1x1_wgrad"),
     *CONV3X3,
@@ -286,7 +288,7 @@ def _resolve(dtype: torch.dtype, device_type: str, backend: str) -> SimpleNamesp
         extension = backends.load("projection")
         chosen |= {name: getattr(extension, name) for name in _EXTENSION_ON_CPU.get(dtype, ())}
     if backend == "auto" and "triton" in namespaces:
-        passes = SimpleNamespace(**{name: chosen[name] for name in ("channel_stats", "bn_act", "bn_bwd_mask")})
+        passes = SimpleNamespace(**{name: chosen[name] for name in _PASSES})
         library = {name: getattr(modules[1], name) for name in BY_COST}
         library |= {name: functools.partial(library[name], passes=passes) for name in CONV3X3}
         if dtype == torch.float32:

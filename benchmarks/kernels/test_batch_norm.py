@@ -19,6 +19,7 @@ CASES = (
     "bn_bwd_reduce, mask output",
     "bn_bwd_reduce, mask output, two branches",
     "bn_bwd_mask",
+    "add_masked",
     "bn_bwd_apply, mask output, shortcut identity",
     "bn_bwd_apply, mask output, shortcut projected",
 )

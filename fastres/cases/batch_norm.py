@@ -164,6 +164,18 @@ def _stock_reduce(t):
     return results
 
 
+def _add(f: Maker, n, h, w, c):
+    return {name: f.activation(n, h, w, c) for name in ("g", "residual", "out")}
+
+
+def _run_add(k, t):
+    return {"g": k.add_masked(**t)}
+
+
+def _stock_add(t):
+    return {"g": relu_backward(t["g"] + t["residual"], t["out"])}
+
+
 def _run_mask(k, t):
     g, sums = k.bn_bwd_mask(t["g"], t["y"], t["bn"])
     return {"g": g, **affine_grads(k, sums, t["bn"])}
@@ -272,6 +284,7 @@ CASES = [
         for mask, two in (("none", False), ("output", False), ("input", False), ("none", True), ("output", True))
     ),
     _case("bn_bwd_mask", "bn_bwd_mask bn_bwd_finalize", _reduce("input"), _run_mask, _stock_mask),
+    _case("add_masked", "add_masked", _add, _run_add, _stock_add),
     _case(
         "batch norm backward",
         "bn_bwd_reduce bn_bwd_finalize bn_bwd_apply",

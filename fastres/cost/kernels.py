@@ -39,7 +39,7 @@ _UPDATED = {
 }
 """Arguments that are written as well as read."""
 
-_CHANGED = ("bn_bwd_mask",)
+_CHANGED = ("bn_bwd_mask", "add_masked")
 """Kernels whose results are written even where they are arguments; the reference's are not."""
 
 

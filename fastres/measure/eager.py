@@ -51,6 +51,8 @@ class BatchNorm:
         if "running_mean" in t:
             state = t["weight"], t["bias"], t["running_mean"], t["running_var"]
             torch.native_batch_norm(_nchw(t["y"]), *state, True, 0.1, 1e-5)
+        elif "y" not in t:
+            torch.ops.aten.threshold_backward(t["g"] + t["residual"], t["out"], 0)
         elif "g" in t:
             # Where the mask is formed from y, stock reads the activation that it has saved: a tensor of y's size.
             g = torch.ops.aten.threshold_backward(t["g"], t.get("out", t["y"]), 0)

@@ -4,7 +4,7 @@ A convolution or GEMM of the library (cuDNN, oneDNN, BLAS) in the activation dty
 passes that complete the contract. Small per-channel and matrix work is the reference's.
 """
 
-from .batch_norm import bn_act, bn_bwd_apply, bn_bwd_mask, bn_bwd_reduce, channel_stats
+from .batch_norm import add_masked, bn_act, bn_bwd_apply, bn_bwd_mask, bn_bwd_reduce, channel_stats
 from .conv1x1 import conv1x1, conv1x1_bwd, conv1x1_dgrad, conv1x1_wgrad
 from .conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
 from .conv3x3 import conv3x3, conv3x3_dgrad, conv3x3_wgrad
@@ -14,6 +14,7 @@ from .projection import projection_conv, projection_dgrad, projection_fprop, pro
 from .stem import stem_pool
 
 __all__ = [
+    "add_masked",
     "bn_act",
     "bn_bwd_apply",
     "bn_bwd_mask",

@@ -81,3 +81,8 @@ def bn_bwd_apply(
     if not need_residual:
         return dy, None
     return dy, g if residual_bn is None else bn_input_grad(g, residual, residual_bn, residual_grad)
+
+
+def add_masked(g: Tensor, residual: Tensor, out: Tensor) -> Tensor:
+    """As the reference."""
+    return masked(g.add_(residual), out)

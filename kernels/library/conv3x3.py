@@ -1,7 +1,7 @@
 """The residual blocks' 3x3 convolutions: the library's, with BN + ReLU, masks and sums as passes around them.
 
-Each function takes the namespace of those passes (`channel_stats`, `bn_act`, `bn_bwd_mask`) as a keyword besides: a
-plan may have a library's convolution with Triton's passes.
+Each function takes the namespace of those passes (`channel_stats`, `bn_act`, `bn_bwd_mask`, `add_masked`) as a keyword
+besides: a plan may have a library's convolution with Triton's passes.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def conv3x3_dgrad(
     dx = conv2d_dgrad(dy, weight, input_hw, *square, groups)
     if bn is not None:
         return passes.bn_bwd_mask(dx, y, bn)
+    if residual is not None and mask is not None:
+        return passes.add_masked(dx, residual, mask), None
     dx = added(dx, residual)
     return dx if mask is None else masked(dx, mask), None
 

@@ -4,6 +4,7 @@ Values are computed in the accumulation dtype and rounded where a fused kernel w
 """
 
 from .batch_norm import (
+    add_masked,
     bn_act,
     bn_bwd_apply,
     bn_bwd_finalize,
@@ -22,6 +23,7 @@ from .projection import projection_conv, projection_dgrad, projection_fprop, pro
 from .stem import stem_pool, stem_pool_bwd
 
 __all__ = [
+    "add_masked",
     "bn_act",
     "bn_bwd_apply",
     "bn_bwd_finalize",

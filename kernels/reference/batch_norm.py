@@ -205,3 +205,11 @@ def bn_bwd_apply(
     if residual_bn is None:
         return dy, g
     return dy, bn_input_grad(g, residual, residual_bn, residual_grad).to(g.dtype)
+
+
+def add_masked(g: Tensor, residual: Tensor, out: Tensor) -> Tensor:
+    """g + residual, masked by the ReLU whose output `out` is: the gradient where a shortcut leaves a block's input.
+
+    All `[N, H, W, C]`, as the result, rounded once to g's dtype; it may take g's memory.
+    """
+    return masked(acc(g) + acc(residual), out).to(g.dtype)

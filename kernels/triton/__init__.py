@@ -5,6 +5,7 @@ Triton's interpreter on CPU tensors (float32 and float16 only: the interpreter c
 """
 
 from .batch_norm import (
+    add_masked,
     bn_act,
     bn_bwd_apply,
     bn_bwd_finalize,
@@ -21,6 +22,7 @@ from .gram import gram, gram_bwd, gram_finalize
 from .stem import stem_pool, stem_pool_bwd
 
 __all__ = [
+    "add_masked",
     "bn_act",
     "bn_bwd_apply",
     "bn_bwd_finalize",

@@ -8,6 +8,7 @@
     bn_bwd_mask      the same for one BN, and g' itself, in g's memory
     bn_bwd_finalize  dgamma, dbeta, b and c from the partial sums
     bn_bwd_apply     dy = scale*(g' + b*y + c), and the shortcut's gradient
+    add_masked       (g + residual) behind a ReLU's mask: the gradient of a block's input
 
 `fastres.kernels.reference.batch_norm` defines every form. Layout: dense `[N, H, W, C]` seen as `[M, C]`, any M and C;
 float32, float16 or bfloat16 in memory, float32 in registers, per-channel vectors `[4, C]` in float32.
@@ -453,6 +454,27 @@ def _bn_bwd_apply_kernel(
             tl.store(dresidual + base + offsets, result.to(dresidual.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["M", "units"])
+def _add_masked_kernel(
+    g,
+    residual,
+    out,
+    M,
+    units,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    C = units * UNIT
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    for block in tl.range(tl.program_id(1), _blocks(M, ROWS), tl.num_programs(1), num_stages=STAGES):
+        base, offsets, inside = _tile(block * ROWS, M, C, c, ROWS)
+        total = _load(g, base, offsets, inside) + _load(residual, base, offsets, inside)
+        total = tl.where(_load(out, base, offsets, inside) <= 0, 0.0, total)
+        tl.store(g + base + offsets, total.to(g.dtype.element_ty), mask=inside)
+
+
 def _rows(t: Tensor) -> int:
     """M; `numel() // C` would divide by zero for no channels."""
     return t.shape[:-1].numel()
@@ -782,3 +804,29 @@ def bn_bwd_apply(
                 num_warps=config.num_warps,
             )
     return dy, g if need_residual and identity_unmasked else dresidual
+
+
+def add_masked(g: Tensor, residual: Tensor, out: Tensor) -> Tensor:
+    """(g + residual)*(out > 0) in g's memory; reads g, residual and out, writes g. See the reference.
+
+    Raises as `bn_act` does.
+    """
+    check_activations("add_masked", g=g, residual=residual, out=out)
+    if g.numel() == 0:
+        return g
+    rows, channels = _rows(g), g.shape[-1]
+    config = CONFIGS[part_of(g.device)]["bn_bwd_apply"]
+    tile = tile_shape(channels, g.element_size(), config)
+    grid = (ceil_div(channels, tile[1]), splits(rows, channels, *tile, config))
+    with on_device(g.device):
+        _add_masked_kernel[grid](
+            g,
+            residual,
+            out,
+            rows,
+            *channel_units(channels),
+            *tile,
+            config.num_stages,
+            num_warps=config.num_warps,
+        )
+    return g
