@@ -38,6 +38,14 @@ def _is_triple(children: list[nn.Module | None]) -> bool:
     )
 
 
+def _refused(module: nn.Module) -> str | None:
+    """Which triples run as modules, and why."""
+    reasons = {f"{names[0]}-{names[2]}": layers_reason(module, names) for names in triples(module)}
+    phrases = [f"{name} run as modules: {reason}" for name, reason in reasons.items() if reason is not None]
+    more = len(phrases) - _REASONS_SHOWN
+    return "; ".join(phrases[:_REASONS_SHOWN] + [f"and {more} more"] * (more > 0)) or None
+
+
 class FusedSequential(FusedModule):
     """Runs each conv, batch norm and ReLU that follow each other through `fastres.functional.conv_bn_relu`, where they
     can be fused, and calls the other children as modules.
@@ -56,13 +64,10 @@ class FusedSequential(FusedModule):
                 return None
         if not found:
             return "no conv, batch norm and ReLU follow each other"
-        return self.separate_reason()
+        return _refused(self)
 
     def separate_reason(self) -> str | None:
-        reasons = {f"{names[0]}-{names[2]}": layers_reason(self, names) for names in triples(self)}
-        phrases = [f"{name} run as modules: {reason}" for name, reason in reasons.items() if reason is not None]
-        more = len(phrases) - _REASONS_SHOWN
-        return "; ".join(phrases[:_REASONS_SHOWN] + [f"and {more} more"] * (more > 0)) or None
+        return _refused(self)
 
     def form(self, dtype: torch.dtype, device: torch.device) -> str:
         found = triples(self)
