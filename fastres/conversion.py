@@ -13,11 +13,12 @@ from typing import NamedTuple
 from torch import nn
 
 from . import backends
-from .nn import blocks, conv_bn_relu, projection, stage, stem
+from .nn import blocks, conv_bn_relu, projection, sequential, stage, stem
 from .nn.fused import FusedModule, fused_class
 from .nn.stage import GRANULARITIES
 
-_FORWARD_METHODS = ("forward", "_forward_impl")  # the second is where torchvision's ResNet keeps its forward
+# The second is where torchvision's ResNet keeps its forward, the third is how an nn.Sequential's gets at the children.
+_FORWARD_METHODS = ("forward", "_forward_impl", "__iter__")
 _NAMED_IN_MESSAGES = 5
 
 
@@ -46,13 +47,16 @@ def convert(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     strict: bool = False,
 ) -> nn.Module:
-    """Fuse the residual blocks of a model, in place, and the stages that they make.
+    """Fuse the residual blocks of a model, in place, the stages that they make, and other convolutions that have batch
+    norm and ReLU behind them.
 
-    Known are the blocks and the stem of torchvision's ResNets (also in a subclass that keeps their forward), and those
-    of `fastres.nn` and `fastres.models`. Each keeps its children, parameters and buffers: state_dicts, the references
-    of optimizers and hooks on the block stay; only the class changes. A block that has, at some call, a child that
-    fusion cannot honour (a hook, a parametrization, another norm) runs its children one by one; `fastres.explain` says
-    so. An nn.Sequential of two or more such blocks becomes a `fastres.nn.Stage`, which chains those that can be.
+    Known are the blocks and the stem of torchvision's ResNets (also in a subclass that keeps their forward), those of
+    `fastres.nn` and `fastres.models`, and every nn.Sequential in which a conv, a batch norm and a ReLU follow each
+    other, as in VGG, unless it holds residual blocks besides. Each keeps its children, parameters and buffers:
+    state_dicts, the references of optimizers and hooks on the block stay; only the class changes. A block, or such
+    three layers, that have at some call a child that fusion cannot honour (a hook, a parametrization, another norm) run
+    as modules one by one; `fastres.explain` says so. An nn.Sequential of two or more blocks becomes a
+    `fastres.nn.Stage`, which chains those that can be.
 
     Converting again is harmless and sets `backend` and `granularity` anew. Convert before torch.compile and before
     fully_shard.
@@ -94,7 +98,7 @@ def convert(
         raise ValueError(f"convert: {message}")
     settings = {"backend": backend, "granularity": granularity}
     for unit in units:
-        keeps_class = granularity == "block" and type(unit.module) is nn.Sequential
+        keeps_class = granularity == "block" and unit.name == "stage" and type(unit.module) is nn.Sequential
         if unit.fused is not None and not keeps_class:
             unit.module.__class__ = unit.fused
             for name in unit.fused.settings:
@@ -134,9 +138,12 @@ def find_units(model: nn.Module) -> list[Unit]:
 
 def _unit(path: str, module: nn.Module, known: dict[type[nn.Module], type[FusedModule]]) -> Unit | None:
     cls = type(module)
-    if isinstance(module, stage.FusedStage) or cls is nn.Sequential:
-        return _stage(path, module, known)
+    chained = _stage(path, module, known) if isinstance(module, stage.FusedStage) or cls is nn.Sequential else None
+    if chained is not None or isinstance(module, stage.FusedStage):
+        return chained
     fused, reason = None, None
+    if isinstance(module, nn.Sequential) and _has_layers(module, known):
+        known = known | {nn.Sequential: fused_class(sequential.FusedSequential, nn.Sequential)}
     base = next((base for base in cls.__mro__ if base in known), None)
     if isinstance(module, FusedModule):
         fused = cls
@@ -174,6 +181,16 @@ def _stage(path: str, module: nn.Sequential, known: dict[type[nn.Module], type[F
     if "forward" in module.__dict__ or not all(map(is_block, module)):
         return None
     return Unit(path, module, "stage", stage.Stage, None)
+
+
+def _has_layers(module: nn.Sequential, known: dict[type[nn.Module], type[FusedModule]]) -> bool:
+    """Whether a conv, a batch norm and a ReLU follow each other in it, beside which are no residual blocks."""
+    if isinstance(module, sequential.FusedSequential):
+        return True
+    if not sequential.triples(module):
+        return False
+    units = (_unit("", child, known) for child in module.children())
+    return not any(unit is not None and unit.name in ("basic_block", "bottleneck") for unit in units)
 
 
 def _known_classes() -> dict[type[nn.Module], type[FusedModule]]:

@@ -11,6 +11,7 @@ from torch import nn
 from . import backends, plan
 from .conversion import Unit, find_units
 from .nn.fused import FusedModule, FusedUnit
+from .nn.sequential import triples
 from .nn.stage import FusedStage
 from .text import aligned
 
@@ -19,11 +20,12 @@ class Row(NamedTuple):
     """One block, stem or stage of a model.
 
     path: in the model, "" for the model itself. unit: the function of `fastres.functional` that it is. status: "fused";
-    "partly", where the shortcut of a block or some blocks of a stage run as modules beside the fused rest; "stock",
-    where the children run one by one. input: shape of its input, where `explain` was given one. backend: what was asked
-    for, and the kernel namespaces that serve it for the dtype and device that was planned for; empty for a stage, whose
-    blocks say it. form: of a fused block, what is Gram-folded and what is stored, and why; of a stage, its chains.
-    reason: why not fused, or not wholly.
+    "partly", where the shortcut of a block, some blocks of a stage or some conv + BN + ReLU of several run as modules
+    beside the fused rest; "stock", where the children run one by one. input: shape of its input, where `explain` was
+    given one. backend: what was asked for, and the kernel namespaces that serve it for the dtype and device that was
+    planned for; empty for a stage, whose blocks say it. form: of a fused block, what is Gram-folded and what is stored,
+    and why; of a stage, its chains; of an nn.Sequential, how many conv + BN + ReLU are fused. reason: why not fused, or
+    not wholly.
     """
 
     path: str
@@ -102,8 +104,9 @@ def _row(unit: Unit, shape: tuple[int, ...] | None, dtype: torch.dtype | None, d
     if not isinstance(module, FusedModule):
         return Row(unit.path, unit.name, "stock", shape, "", "", "not converted: call fastres.convert(model)")
     separate = module.separate_reason()
+    what = "" if unit.name == "conv_bn_relu" else "the shortcut runs as its own module: "
     backend, form, failure = _plan(module, dtype, device)
-    reason = "; ".join(filter(None, (failure, separate and f"the shortcut runs as its own module: {separate}")))
+    reason = "; ".join(filter(None, (failure, separate and what + separate)))
     return Row(unit.path, unit.name, "fused" if separate is None else "partly", shape, backend, form, reason)
 
 
@@ -185,9 +188,13 @@ def _counts(rows: list[Row]) -> str:
 
 
 def _covered(unit: Unit) -> list[nn.Module]:
-    """The modules that a row speaks of: all inside a block, the first four layers of a ResNet."""
+    """The modules that a row speaks of: all inside a block, the first four layers of a ResNet, each conv + BN + ReLU of
+    an nn.Sequential.
+    """
     if unit.name == "stem":
         return [unit.module.get_submodule(name) for name in ("conv1", "bn1")]
+    if unit.name == "conv_bn_relu" and isinstance(unit.module, nn.Sequential):
+        return [unit.module.get_submodule(name) for names in triples(unit.module) for name in names]
     return list(unit.module.modules())
 
 

@@ -319,3 +319,80 @@ def test_explanation_prints_an_aligned_table(model):
     assert rows[2].endswith("conv3 has a hook")
     assert counts == "3 units: 2 fused, 1 stock."
     assert outside == "Outside these units, run as they are: convolutions: 1, batch norms: 0."
+
+
+def layers(cin: int, cout: int) -> list[nn.Module]:
+    return [nn.Conv2d(cin, cout, 3, padding=1), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    """Three conv + BN + ReLU in a row, an nn.Sequential in another, and one beside residual blocks."""
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "features": nn.Sequential(*layers(3, 4), *layers(4, 4), nn.MaxPool2d(2), *layers(4, 4), nn.Conv2d(4, 4, 1)),
+            "nested": nn.Sequential(nn.Sequential(*layers(4, 4)), nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))),
+            "blocks": nn.Sequential(*layers(8, 8), StockBottleneck(8, 2)),
+        }
+    )
+
+
+def test_sequentials_with_conv_bn_relu_are_units_there_and_back(network):
+    children = list(network.modules())
+    classes = [type(module) for module in children]
+    assert [(row.path, row.unit, row.status) for row in fastres.explain(network).rows] == [
+        ("features", "conv_bn_relu", "stock"),
+        ("nested.0", "conv_bn_relu", "stock"),
+        ("blocks.3", "bottleneck", "stock"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastres.convert(network, strict=True, backend="reference")
+    changed = [
+        name for (name, child), cls in zip(network.named_modules(), classes, strict=True) if type(child) is not cls
+    ]
+    assert changed == ["features", "nested.0", "blocks.3"]
+    rows = fastres.explain(network).rows
+    assert [row.status for row in rows] == ["fused"] * 3
+    assert [row.form for row in rows[:2]] == ["3 conv + BN + ReLU", "1 conv + BN + ReLU"]
+    assert {row.backend for row in rows} == {"reference: reference"}
+    fastres.revert(network)
+    assert [type(module) for module in network.modules()] == classes
+    assert all(a is b for a, b in zip(network.modules(), children, strict=True))
+    assert not any("backend" in module.__dict__ for module in network.modules())
+
+
+def test_explain_counts_the_layers_of_a_sequential_once(network):
+    fastres.convert(network)
+    # A 1x1 in features, a projection, and a conv + BN + ReLU beside blocks.
+    outside = "Outside these units, run as they are: convolutions: 3, batch norms: 2."
+    assert outside in fastres.explain(network).notes
+    network["features"][4].register_forward_hook(hook)
+    network["nested"][0][1] = nn.SyncBatchNorm(4)
+    explanation = fastres.explain(network)
+    assert outside in explanation.notes, "a row tells of these"
+    features, nested, _ = explanation.rows
+    assert (features.status, features.form) == ("partly", "2 of 3 conv + BN + ReLU")
+    assert features.reason == "3-5 run as modules: 4 has a hook"
+    assert (nested.status, nested.form) == ("stock", "")
+    assert nested.reason == "0-2 run as modules: 1 is SyncBatchNorm, not nn.BatchNorm2d"
+    with pytest.raises(ValueError, match=r"1 of 3 units run as stock modules: nested.0 \(conv_bn_relu\): 0-2 run as"):
+        fastres.convert(network, strict=True)
+
+
+def test_shapes_of_sequentials_and_a_filter_on_them(network):
+    model = nn.Sequential(network["features"], network["nested"])
+    fastres.convert(model, filter_fn=lambda module, path: path != "1.0")
+    rows = fastres.explain(model, (2, 3, 8, 6)).rows
+    assert [(row.path, row.status, row.input) for row in rows] == [
+        ("0", "fused", (2, 3, 8, 6)),
+        ("1.0", "stock", (2, 4, 4, 3)),
+    ]
+    assert type(model[1][0]) is nn.Sequential
+
+
+def test_a_sharded_sequential_is_refused(network, monkeypatch):
+    monkeypatch.setattr(fastres.conversion, "_is_sharded", lambda module: module is network["features"])
+    with pytest.raises(ValueError, match=r"features \(conv_bn_relu\): it is sharded already"):
+        fastres.convert(network)

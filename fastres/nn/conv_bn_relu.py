@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
 from fastres import functional
 
 from .fused import FusedUnit
-from .guard import batch_norm_params, child_reason, conv_reason, conv_weight, norm_reason
+from .guard import batch_norm_params, child_reason, conv_bias, conv_reason, conv_weight, norm_reason
 
 
 class StockConvBNReLU2d(nn.Module):
@@ -43,26 +43,38 @@ class FusedConvBNReLU2d(FusedUnit):
     unit = "conv_bn_relu"
 
     def fused_reason(self) -> str | None:
-        get = self.__dict__["_modules"].get
-        return (
-            conv_reason("conv", get("conv"))
-            or norm_reason("bn", get("bn"))
-            or child_reason("relu", get("relu"), nn.ReLU)
-        )
+        return layers_reason(self, ("conv", "bn", "relu"))
 
     def fused_forward(self, x: Tensor) -> Tensor:
         modules = self.__dict__["_modules"]
-        conv = modules["conv"].__dict__
-        return functional.conv_bn_relu(
-            x,
-            conv_weight(modules["conv"]),
-            batch_norm_params(modules["bn"]),
-            stride=conv["stride"],
-            padding=conv["padding"],
-            dilation=conv["dilation"],
-            groups=conv["groups"],
-            backend=self.backend,
-        )
+        return run_layers(modules["conv"], modules["bn"], x, self.backend)
+
+
+def layers_reason(module: nn.Module, names: Sequence[str]) -> str | None:
+    """Why the children of these names cannot run as one convolution with batch norm and ReLU, or None."""
+    get = module.__dict__["_modules"].get
+    conv, bn, relu = names
+    return (
+        conv_reason(conv, get(conv), may_have_bias=True)
+        or norm_reason(bn, get(bn))
+        or child_reason(relu, get(relu), nn.ReLU)
+    )
+
+
+def run_layers(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, backend: str) -> Tensor:
+    """relu(bn(conv(x))), fused."""
+    state = conv.__dict__
+    return functional.conv_bn_relu(
+        x,
+        conv_weight(conv),
+        batch_norm_params(bn),
+        conv_bias=conv_bias(conv),
+        stride=state["stride"],
+        padding=state["padding"],
+        dilation=state["dilation"],
+        groups=state["groups"],
+        backend=backend,
+    )
 
 
 class ConvBNReLU2d(FusedConvBNReLU2d, StockConvBNReLU2d):

@@ -54,12 +54,12 @@ class FusedUnit(FusedModule):
         raise NotImplementedError
 
     def separate_reason(self) -> str | None:
-        """Which child runs as its own module beside the fused rest, and why, or None."""
+        """Which children run as modules beside the fused rest, and why, or None."""
         return None
 
     def form(self, dtype: torch.dtype, device: torch.device) -> str:
-        """What of the unit is stored and what is Gram-folded for activations like these, and why; "" where that is not
-        decided by them alone. Raises RuntimeError where its backend cannot run there.
+        """What of the unit is stored and what is Gram-folded for activations like these, and why, or how many it runs;
+        "" where there is nothing to tell. Raises RuntimeError where its backend cannot run there.
         """
         return ""
 

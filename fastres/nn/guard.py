@@ -64,21 +64,25 @@ def own_call_reason(name: str, module: nn.Module) -> str | None:
     return None
 
 
-def conv_reason(name: str, conv: nn.Module | None) -> str | None:
-    """A conv must be a hook-free nn.Conv2d without bias, padded with zeros by numbers."""
+def conv_reason(name: str, conv: nn.Module | None, *, may_have_bias: bool = False) -> str | None:
+    """A conv must be a hook-free nn.Conv2d, padded with zeros by numbers, and have no bias unless it may."""
     reason = child_reason(name, conv, nn.Conv2d)
     if reason is not None:
         return reason
     state = conv.__dict__
-    weight = conv_weight(conv)
+    weight, bias = conv_weight(conv), conv_bias(conv)
     if type(weight) not in _PLAIN_TENSORS:
         return f"{name}.weight is {type(weight).__name__}, not a plain tensor"
-    if "bias" not in state["_parameters"] or state["_parameters"]["bias"] is not None:
-        return f"{name} has a bias"
+    if bias is not None:
+        if not may_have_bias:
+            return f"{name} has a bias"
+        if type(bias) not in _PLAIN_TENSORS:
+            return f"{name}.bias is {type(bias).__name__}, not a plain tensor"
     if state["padding_mode"] != "zeros":
         return f"{name} pads with {state['padding_mode']!r}"
-    if type(state["stride"]) is not tuple or type(state["padding"]) is not tuple:
-        return f"{name} has stride={state['stride']!r}, padding={state['padding']!r}, not tuples"
+    for option in ("stride", "padding", "dilation"):
+        if type(state[option]) is not tuple or len(state[option]) != 2:
+            return f"{name} has {option}={state[option]!r}, not a pair"
     return None
 
 
@@ -132,6 +136,12 @@ def norm_reason(name: str, bn: nn.Module | None) -> str | None:
 def conv_weight(conv: nn.Conv2d) -> Tensor:
     weight = conv.__dict__["_parameters"].get("weight")
     return conv.weight if weight is None else weight
+
+
+def conv_bias(conv: nn.Conv2d) -> Tensor | None:
+    parameters = conv.__dict__["_parameters"]
+    # A replica of nn.DataParallel holds its parameters as plain attributes.
+    return parameters["bias"] if "bias" in parameters else conv.bias
 
 
 def batch_norm_params(bn: nn.BatchNorm2d) -> BatchNormParams:

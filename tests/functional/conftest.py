@@ -148,8 +148,10 @@ class Stage(nn.Module):
 class ConvBNReLU(Unit):
     size = (2, 7, 5)
 
-    def __init__(self, kernel=3, stride=1, padding=1, dilation=1, groups=1, relu=True, scale=1, **bn_options):
-        conv = nn.Conv2d(6 * scale, 4 * scale, kernel, stride, padding, dilation, groups, bias=False)
+    def __init__(
+        self, kernel=3, stride=1, padding=1, dilation=1, groups=1, bias=False, relu=True, scale=1, **bn_options
+    ):
+        conv = nn.Conv2d(6 * scale, 4 * scale, kernel, stride, padding, dilation, groups, bias)
         super().__init__([conv], **bn_options)
         self.relu = relu
 
@@ -160,7 +162,8 @@ class ConvBNReLU(Unit):
     def fused(self, x, backend="auto"):
         conv = self.convs[0]
         options = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
-        return fused.conv_bn_relu(x, *self.weights_and_bns(1), relu=self.relu, backend=backend, **options)
+        options |= {"conv_bias": conv.bias, "relu": self.relu, "backend": backend}
+        return fused.conv_bn_relu(x, *self.weights_and_bns(1), **options)
 
 
 class Stem(Unit):
@@ -216,7 +219,9 @@ UNITS = {
     "basic-projection-stride2": (BasicBlock, {"projection": True, "stride": 2, "cin": 5}),
     "conv3x3-bn-relu": (ConvBNReLU, {}),
     "conv3x3-bn": (ConvBNReLU, {"relu": False, "stride": 2}),
+    "conv3x3-bn-relu-bias": (ConvBNReLU, {"bias": True}),
     "conv1x1-bn-relu": (ConvBNReLU, {"kernel": 1, "padding": 0, "stride": 2}),
+    "conv1x1-bn-bias": (ConvBNReLU, {"kernel": 1, "padding": 0, "bias": True, "relu": False}),
     "conv5x3-grouped": (ConvBNReLU, {"kernel": (5, 3), "padding": (2, 1), "groups": 2}),
     "conv3x3-dilated": (ConvBNReLU, {"padding": (2, 1), "dilation": (2, 1)}),
     "stem": (Stem, {}),

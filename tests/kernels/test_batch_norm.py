@@ -129,7 +129,8 @@ def test_programs_that_take_several_tiles(name, compare, poisoned, few_programs)
 
 # Not of the whole backward: there c, in float32, rounds b*mean, which is large beside the dy that it is a part of.
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if not any(part in name for part in ("constant", "frozen", "backward", "add_masked"))]
+    "name",
+    [name for name in CASES if not any(part in name for part in ("constant", "frozen", "backward", "add_masked"))],
 )
 def test_mean_of_a_thousand_standard_deviations(name, k, device, few_programs):
     # A group's mean in float32 is 3e-5 off: statistics need groups of some hundred rows, as a GPU's programs take.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
+import fastres
 from fastres.models.stages import make_stage
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Projection, Stem, ZeroPadShortcut, projection_shortcut
 
@@ -172,3 +174,32 @@ def test_a_stage_asks_torch_distributed_in_one_graph(tmp_path, monkeypatch, run)
         assert operators() == [{"basic_block_train": 3}]
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_sequential_has_an_operator_for_each_conv_bn_relu(training, run, assert_equal_in_float64):
+    torch.manual_seed(0)
+    stock = nn.Sequential(
+        *(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
+        nn.MaxPool2d(2),
+        *(nn.Conv2d(6, 5, 1, bias=False), nn.BatchNorm2d(5), nn.ReLU()),
+        *(nn.Conv2d(5, 5, 3), nn.BatchNorm2d(5), nn.ReLU6()),
+    ).double()
+    stock.train(training)
+    for conv in stock[0], stock[7]:
+        conv.bias.requires_grad_(not training)  # in training its gradient is zero but for rounding
+    model = fastres.convert(copy.deepcopy(stock))
+    graphs = Graphs()
+    model.compile(backend=graphs.backend, fullgraph=True)
+    x = torch.randn(3, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    for batch in (x, x[:2].detach().requires_grad_()):
+        model.zero_grad()
+        stock.zero_grad()
+        assert_equal_in_float64(run(model, batch), run(stock, batch))
+    kind = "train" if training else "const"
+    assert graphs.fused_operators(graphs.forward[0]) == {f"conv_bn_relu_{kind}": 2}
+    assert graphs.fused_operators(graphs.backward[0]) == {"conv_bn_relu_bwd": 2}
+    model[4].register_forward_hook(lambda *args: None)
+    torch._dynamo.reset()
+    model(x)
+    assert graphs.fused_operators(graphs.forward[-1]) == {f"conv_bn_relu_{kind}": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import pickle
 
@@ -243,3 +244,67 @@ def test_float32_training_follows_stock(torchvision_models):
             optimizer.step()
             losses[-1].append(loss.item())
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-3
+
+
+def test_a_training_step_and_evaluation_of_vgg_equal_stock(torchvision_models):
+    stock = build(torchvision_models, "vgg11_bn")
+    stock.avgpool, stock.classifier = nn.Identity(), nn.Linear(512, 10).double()
+    convs = [name for name, module in stock.named_modules() if isinstance(module, nn.Conv2d)]
+    for name in convs:
+        nn.init.normal_(stock.get_submodule(name).bias)
+    model = copy.deepcopy(stock)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4) for m in (model, stock)]
+    fastres.convert(model, strict=True)
+    (row,) = fastres.explain(model).rows
+    assert (row.path, row.unit, row.status, row.form) == ("features", "conv_bn_relu", "fused", "8 conv + BN + ReLU")
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for _ in range(2):
+        with FusedOperators() as seen:
+            ours = step(model, x, optimizers[0])
+        assert seen.names == 8 * ["conv_bn_relu_train"] + 8 * ["conv_bn_relu_bwd"]
+        theirs = step(stock, x, optimizers[1])
+        for name in convs:  # a bias in front of a norm has no gradient but stock's rounding
+            assert ours.pop(f"gradient of {name}.bias").eq(0).all()
+            assert theirs.pop(f"gradient of {name}.bias").abs().max() < 1e-12
+        assert_same(ours, theirs, 1e-9)
+    with torch.no_grad(), FusedOperators() as seen:
+        logits = model.eval()(x)
+    assert seen.names == 8 * ["conv_bn_relu_const"]
+    assert_same({"logits": logits}, {"logits": stock.eval()(x)}, 1e-9)
+    assert type(fastres.revert(model).features) is nn.Sequential
+
+
+def test_conv_norm_activation_is_a_sequential_with_its_forward(torchvision_models):
+    from torchvision.ops.misc import Conv2dNormActivation
+
+    torch.manual_seed(0)
+    stock = nn.Sequential(
+        Conv2dNormActivation(3, 8, stride=2),
+        Conv2dNormActivation(8, 8, activation_layer=nn.ReLU6),
+        Conv2dNormActivation(8, 8, kernel_size=1, bias=True),
+        Conv2dNormActivation(8, 8, norm_layer=None),
+        Conv2dNormActivation(8, 8, activation_layer=None),
+    ).double()
+    model = fastres.convert(copy.deepcopy(stock), strict=True)
+    assert [(row.path, row.form) for row in fastres.explain(model).rows] == [
+        ("0", "1 conv + BN + ReLU"),
+        ("2", "1 conv + BN + ReLU"),
+    ]
+    assert all(isinstance(child, Conv2dNormActivation) for child in model)
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    with torch.no_grad(), FusedOperators() as seen:
+        assert_same({"output": model(x)}, {"output": stock(x)}, 1e-10)
+    assert seen.names == 2 * ["conv_bn_relu_train"]
+    assert all(type(a) is type(b) for a, b in zip(fastres.revert(model).modules(), stock.modules(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_resnets_units_are_its_stem_and_blocks(torchvision_models, name):
+    with torch.device("meta"):
+        model = getattr(torchvision_models, name)()
+    units = collections.Counter(row.unit for row in fastres.explain(model).rows)
+    block, count = {"resnet18": ("basic_block", 8), "resnet50": ("bottleneck", 16)}[name]
+    assert (units["stem"], units[block], units["conv_bn_relu"]) == (1, count, 0)
+    fastres.convert(model)
+    sequentials = [module for path, module in model.named_modules() if path.endswith("downsample")]
+    assert {type(module) for module in sequentials} == {nn.Sequential}
