@@ -1,7 +1,7 @@
-"""The plan when every kernel that is planned exists: modelled, because not all of it does.
+"""The plan if every kernel kept its contract in one pass and every projection were folded, fast or not: modelled.
 
-Every kernel keeps its contract in one pass. Besides, up to 128 channels the backward of a bottleneck's first 1x1 conv
-forms dgrad and wgrad in one pass over its operands. docs/arithmetic.md, "Bytes", has the same in tables.
+Besides, up to 128 channels the backward of a bottleneck's first 1x1 conv forms dgrad and wgrad in one pass over its
+operands. docs/arithmetic.md, "Bytes", has the same in tables.
 """
 
 from __future__ import annotations

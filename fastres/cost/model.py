@@ -22,7 +22,7 @@ from .traffic import Step, Traffic, tensors
 
 SCHEMES = ("stock", "today", "complete")
 """stock: PyTorch's modules, eager, channels_last. today: the plan that `fastres.convert` runs on a GPU now. complete:
-the plan when every kernel that is planned exists, modelled (`fastres.cost.complete`)."""
+every kernel in one pass and every projection folded, modelled (`fastres.cost.complete`)."""
 
 
 def training_step(
