@@ -50,16 +50,20 @@ def calls():
         yield names
 
 
-def assert_close(name, ours, stock, zero=1e-3):
+def assert_close(name, ours, stock):
     assert ours.shape == stock.shape and ours.dtype == stock.dtype, name
-    assert (ours - stock).double().norm() <= 1e-10 * stock.double().norm().clamp(min=zero), name
+    # The gradient of a bias in front of batch statistics is what rounding leaves of a sum of larger terms.
+    scale = stock.double().norm().clamp(min=1 if name == "convs.0.bias" else 1e-3)
+    assert (ours - stock).double().norm() <= 1e-10 * scale, name
 
 
-def assert_same(results):
+def assert_same(results, batch_stats=True):
     (stock_out, stock_grads, stock_state), (out, grads, state) = results
     assert_close("output", out, stock_out)
     for name in stock_grads:
         assert_close(name, grads[name], stock_grads[name])
+    if "convs.0.bias" in grads and batch_stats:
+        assert grads["convs.0.bias"].eq(0).all()
     for name in stock_state:
         assert_close(name, state[name], stock_state[name])
 
@@ -72,7 +76,7 @@ def test_every_geometry_matches_stock_by_the_kernels_of_its_shape(geometry, bias
     unit, x = make_unit("conv3x3-bn-relu", bias=bias, relu=relu, **options)
     for training in (True, False):
         calls.clear()
-        assert_same(run_both(unit.train(training), x))
+        assert_same(run_both(unit.train(training), x), training)
         # Of 1x1 and 3x3 the statistics come with the conv.
         stats = ["channel_stats"] if training and family == "conv2d" else []
         statistics = "bn_finalize" if training else "bn_constants"

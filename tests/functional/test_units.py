@@ -15,7 +15,8 @@ def assert_close(name, ours, stock):
     if stock is None:
         return
     assert ours.shape == stock.shape and ours.dtype == stock.dtype, name
-    scale = stock.double().norm().clamp(min=1e-3)
+    # A conv's bias in front of batch statistics has no gradient but what rounding leaves of a sum of larger terms.
+    scale = stock.double().norm().clamp(min=1 if name == "convs.0.bias" else 1e-3)
     assert (ours.double() - stock.double()).norm() <= RTOL * scale, name
 
 
@@ -158,8 +159,8 @@ def test_nchw_input_and_odd_gradients_match_stock(unit_name, make_unit):
             results.append((first, torch.autograd.grad(out, leaves, g)))
             assert g.eq(1).all()
         for stock, ours in zip(*results, strict=True):
-            for index, (a, b) in enumerate(zip(stock, ours, strict=True)):
-                assert_close(str(index), b, a)
+            for name, a, b in zip(leaves_of(unit), stock, ours, strict=True):
+                assert_close(name, b, a)
 
 
 def test_outputs_and_gradients_are_channels_last_and_follow_the_parameters(unit_name, make_unit):

@@ -265,7 +265,7 @@ def test_a_training_step_and_evaluation_of_vgg_equal_stock(torchvision_models):
         theirs = step(stock, x, optimizers[1])
         for name in convs:  # a bias in front of a norm has no gradient but stock's rounding
             assert ours.pop(f"gradient of {name}.bias").eq(0).all()
-            assert theirs.pop(f"gradient of {name}.bias").abs().max() < 1e-12
+            assert theirs.pop(f"gradient of {name}.bias").abs().max() < 1e-10
         assert_same(ours, theirs, 1e-9)
     with torch.no_grad(), FusedOperators() as seen:
         logits = model.eval()(x)
