@@ -46,9 +46,9 @@ class Comparison:
             *aligned(self._totals_table(), right_from=1),
             "",
             "Counted: what PyTorch's operators and our kernels take in and give out, as they are called.",
-            "Modelled: stock from its layers' shapes; the complete plan from the contracts of its kernels, each one pass,",
-            "with every projection folded. A floor is what moving the bytes or computing the products takes at the",
-            "figures above.",
+            "Modelled: stock from its layers' shapes; the complete plan from the contracts of its kernels, one pass",
+            "each, with every projection folded. A floor is what moving the bytes or computing the products takes at",
+            "the figures above.",
             "Chosen by: the microseconds, measured on the GPU that is there or else modelled, by which the plan took",
             "one namespace and left another; empty where there is one only.",
         ]

@@ -50,7 +50,8 @@ class FusedSequential(FusedUnit):
     """Runs each conv, batch norm and ReLU that follow each other through `fastres.functional.conv_bn_relu`, where they
     can be fused, and calls the other children as modules.
 
-    What comes out of a fused triple is in channels_last memory, as of every unit.
+    What comes out of a fused triple is in channels_last memory, as of every unit: `x.view(n, -1)` on it raises, and
+    `x.flatten(1)` does what was meant.
 
     No `__init__` of its own: slices of an nn.Sequential are made by calling its class with the children.
     """

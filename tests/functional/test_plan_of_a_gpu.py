@@ -241,6 +241,31 @@ def test_a_stage_in_forms_of_a_gpu_is_exact_in_float64(block, form):
         assert relative_error(ours.double(), exact.double()) < 1e-10
 
 
+@pytest.mark.parametrize("fold_projection", [True, False])
+@pytest.mark.parametrize("frozen", ["nothing", "projection", "all but the projection"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stride, channels", [(1, 24), (2, 24), (1, 16)])
+def test_a_basic_block_of_a_gpu_is_exact_in_float64(stride, channels, training, frozen, fold_projection):
+    torch.manual_seed(0)
+    projects = (stride, channels) != (1, 16)
+    shortcut = make_shortcut("B", channels, 16, stride) if projects else None
+    fused = fastres.nn.BasicBlock(channels, 16, stride, shortcut).double().train(training)
+    for name, parameter in fused.named_parameters():
+        of_projection = name.startswith("downsample")
+        parameter.requires_grad_(frozen == "nothing" or of_projection == (frozen != "projection"))
+    stock = fastres.revert(copy.deepcopy(fused))
+    x, found = torch.randn(4, channels, 9, 8).double(), []
+    for model in (fused, stock):
+        own = x.clone().requires_grad_()
+        wanted = [own, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+        with plan.wrapping(lambda k: plan.in_form(k, gram_folding=True, fold_projection=fold_projection)):
+            out = model(own)
+            grads = torch.autograd.grad(out.square().sum(), wanted)
+        found.append((out, *grads, *model.state_dict().values()))
+    for ours, exact in zip(*found, strict=True):
+        assert relative_error(ours.double(), exact.double()) < 1e-10
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are interpreted where there is no GPU")
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_a_stage_by_tritons_kernels_equals_its_blocks(one_pass):
@@ -270,26 +295,30 @@ def test_a_stage_by_tritons_kernels_equals_its_blocks(one_pass):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are interpreted where there is no GPU")
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("stride, channels", [(2, 24), (1, 64)])
-def test_a_bottleneck_by_tritons_kernels(stride, channels, training):
+@pytest.mark.parametrize(
+    "block, stride, channels",
+    [("Bottleneck", 2, 24), ("Bottleneck", 1, 64), ("BasicBlock", 2, 24), ("BasicBlock", 1, 16)],
+)
+def test_a_block_by_tritons_kernels(block, stride, channels, training):
     """The whole unit in float16 through the interpreter: what one kernel gives the next takes."""
     pytest.importorskip("triton")
     from fastres.kernels import triton
 
     ours = {name: getattr(triton, name) for name in triton.__all__}
-    flags = {"fold_projection": False}
+    flags = {"gram_folding": True, "fold_projection": False}
     found = [{}, {}, {}]
     # Of several seeds together: a ReLU's mask that rounding flips outweighs all arithmetic of one.
     for seed in range(4):
         torch.manual_seed(seed)
-        shortcut = make_shortcut("B", channels, 64, stride) if stride != 1 else None
-        fused = fastres.nn.Bottleneck(channels, 16, stride, shortcut).half().to(memory_format=torch.channels_last)
-        fused.train(training)
+        outputs = 16 * getattr(fastres.nn, block).expansion
+        shortcut = make_shortcut("B", channels, outputs, stride) if stride != 1 else None
+        fused = getattr(fastres.nn, block)(channels, 16, stride, shortcut).half()
+        fused.to(memory_format=torch.channels_last).train(training)
         for bn in (module for module in fused.modules() if isinstance(module, nn.BatchNorm2d)):
             bn.float()
         stock = fastres.revert(copy.deepcopy(fused))
         x = torch.randn(4, channels, 9, 8).half().to(memory_format=torch.channels_last)
-        g = torch.randn(4, 64, (9 + stride - 1) // stride, 8 // stride).half()
+        g = torch.randn(4, outputs, (9 + stride - 1) // stride, 8 // stride).half()
         for results, model in zip(found, (fused, stock, copy.deepcopy(stock).double()), strict=True):
             own = x.to(model.conv1.weight.dtype).requires_grad_()
             wrap = plan.wrapping(lambda k: type(k)(**vars(k) | ours | flags))
