@@ -18,7 +18,7 @@ _BASELINES = (
     "compile max-autotune",
     "compile reduce-overhead",
 )
-_OURS = ("fastres reference", "fastres library", "fastres stored", "fastres")
+_OURS = ("fastres reference", "fastres library", "fastres stored", "fastres blocks", "fastres")
 _REFERENCES = ("eager channels_last", "eager", "eager NCHW")
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 

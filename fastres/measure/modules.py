@@ -30,14 +30,15 @@ _SEEDS = 4
 
 
 class Flavour(NamedTuple):
-    """How a variant runs a module. mode: of torch.compile. backend: of fastres. Neither: eager PyTorch. stored: whether
-    blocks have their stored form whatever the plan says, with the library's convolutions.
+    """How a variant runs a module. mode: of torch.compile. backend, granularity: of `fastres.convert`. Neither mode nor
+    backend: eager PyTorch. change: of the plan, to one that it is to be compared with.
     """
 
     memory_format: torch.memory_format = torch.channels_last
     mode: str | None = None
     backend: str | None = None
-    stored: bool = False
+    granularity: str = "auto"
+    change: Callable[[SimpleNamespace], SimpleNamespace] | None = None
 
     @property
     def graphs(self) -> bool:
@@ -46,8 +47,9 @@ class Flavour(NamedTuple):
 
 
 def flavours(dtype: torch.dtype, device: torch.device, modes: Sequence[str]) -> dict[str, Flavour]:
-    """By the name of the variant. "fastres library" only where "fastres" runs other kernels, and "fastres stored" where
-    they are Triton's: the batch norm family's between the library's convolutions.
+    """By the name of the variant. "fastres library" only where "fastres" runs other kernels. Where those are Triton's,
+    two plans with less of them: "fastres stored", the batch norm family between the library's convolutions, and
+    "fastres blocks", which has all but the 3x3 convolutions and runs stages block by block.
     """
     found = {"eager NCHW": Flavour(torch.contiguous_format), STOCK: Flavour()}
     found["fastres"] = Flavour(backend="auto")
@@ -55,7 +57,8 @@ def flavours(dtype: torch.dtype, device: torch.device, modes: Sequence[str]) -> 
     if origins != plan.origins(dtype, device, "library"):
         found["fastres library"] = Flavour(backend="library")
     if "triton" in origins.values():
-        found["fastres stored"] = Flavour(backend="auto", stored=True)
+        found["fastres stored"] = Flavour(backend="auto", change=_stored)
+        found["fastres blocks"] = Flavour(backend="auto", granularity="block", change=_with_the_librarys_3x3)
     return found | {f"compile {mode}": Flavour(mode=mode) for mode in modes}
 
 
@@ -74,6 +77,12 @@ def _stored(k: SimpleNamespace) -> SimpleNamespace:
     )
 
 
+def _with_the_librarys_3x3(k: SimpleNamespace) -> SimpleNamespace:
+    choices = ((name, getattr(k, name)) for name in plan.CONV3X3)
+    library = {name: choice.launchers["library"] for name, choice in choices if isinstance(choice, plan.PerCall)}
+    return SimpleNamespace(**vars(k) | library)
+
+
 class Subject:
     """A copy of a stock module, made to run as a flavour says, in float64, in float32, or mixed with 16 bits."""
 
@@ -84,7 +93,7 @@ class Subject:
         own = copy.deepcopy(stock).to(torch.float32 if self._mixed else dtype)
         self.module = own.to(device, memory_format=flavour.memory_format)
         if flavour.backend is not None:
-            fastres.convert(self.module, backend=flavour.backend)
+            fastres.convert(self.module, backend=flavour.backend, granularity=flavour.granularity)
         self._call = self.module
         if flavour.mode is not None:
             # With fullgraph a baseline that cannot be compiled whole raises, and is not silently slow.
@@ -92,11 +101,11 @@ class Subject:
 
     def planned(self, call: Callable[[], object]) -> Callable[[], object]:
         """The call by this flavour's plan: a step's backward too, which is made outside of the subject."""
-        if not self._flavour.stored:
+        if self._flavour.change is None:
             return call
 
         def run():
-            with plan.wrapping(_stored):
+            with plan.wrapping(self._flavour.change):
                 return call()
 
         return run

@@ -20,6 +20,7 @@ _COLORS = {
     "fastres reference": "#ffd8a8",
     "fastres library": "#f4a261",
     "fastres stored": "#ee8959",
+    "fastres blocks": "#dd6b35",
     "fastres projection": "#9c2f06",
     "fastres": drawing.FUSED,
 }

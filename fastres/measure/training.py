@@ -200,7 +200,7 @@ class _Job:
     def _work(self, flavour: Flavour) -> Mapping[str, Work]:
         """By phase. The plan that is counted as today's is a GPU's, so that on a CPU ours has none."""
         if self.steps is None or (
-            flavour.backend is not None and (flavour.backend != "auto" or flavour.stored or self.device.type == "cpu")
+            flavour.backend is not None and (flavour.backend != "auto" or flavour.change or self.device.type == "cpu")
         ):
             return {}
         steps = self.steps("stock" if flavour.backend is None else "today")

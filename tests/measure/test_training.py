@@ -102,7 +102,16 @@ def test_flavours_differ_where_the_plan_does(monkeypatch):
     assert modules.flavours(torch.float32, CPU, [])["fastres library"].backend == "library"
     assert "fastres stored" not in modules.flavours(torch.float32, CPU, [])
     monkeypatch.setattr(plan, "origins", lambda dtype, device, backend: same | {"bn_act": "triton"})
-    assert modules.flavours(torch.float32, CPU, [])["fastres stored"].stored
+    found = modules.flavours(torch.float32, CPU, [])
+    assert found["fastres stored"].change and found["fastres blocks"].granularity == "block"
+
+
+def test_a_plan_without_tritons_3x3_convolutions():
+    pytest.importorskip("triton")
+    k = plan.resolve(torch.bfloat16, torch.device("meta"))
+    changed = modules._with_the_librarys_3x3(k)
+    assert {plan.origin(getattr(changed, name)) for name in plan.CONV3X3} == {"library"}
+    assert changed.expand is k.expand
 
 
 def test_a_stored_step_is_one_forward_and_backward(monkeypatch):
@@ -115,7 +124,7 @@ def test_a_stored_step_is_one_forward_and_backward(monkeypatch):
 
     for name in plan.BY_COST:
         noting(name)
-    subject = Subject(revert(nn.Bottleneck(32, 8)), Flavour(backend="auto", stored=True), torch.float32, CPU)
+    subject = Subject(revert(nn.Bottleneck(32, 8)), Flavour(backend="auto", change=modules._stored), torch.float32, CPU)
     x = subject.place(torch.randn(2, 32, 6, 6, requires_grad=True))
     outputs = []
     subject.planned(lambda: outputs.append(subject(x)))()
