@@ -9,6 +9,7 @@ import pytest
 
 from fastres.measure import training
 from fastres.measure.shapes import BLOCKS, PROJECTIONS
+from fastres.models.stages import make_stage
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU2d, Projection, Stem, make_shortcut
 
 # size, channels, planes and stride of ResNet-18's blocks
@@ -17,6 +18,9 @@ BASIC_BLOCKS = {
     "layer2.0": (56, 64, 128, 2),
     "layer3.1": (14, 256, 256, 1),
 }
+
+# size, channels, planes, blocks and stride of ResNet-50's stages
+STAGES = {"layer1": (56, 64, 64, 3, 1), "layer3": (28, 512, 256, 6, 2)}
 
 CORE_PROJECTIONS = ("resnet50 layer1", "resnet50 layer2", "resnet50 layer3")
 
@@ -46,6 +50,12 @@ def test_bottleneck(layer, measure_unit):
         return Bottleneck(channels, width, stride, make_shortcut("B", channels, 4 * width, stride))
 
     measure_unit(f"Bottleneck {layer}", make, channels, size)
+
+
+@pytest.mark.parametrize("layer", [pytest.param("layer1", marks=pytest.mark.core("cuda")), "layer3"])
+def test_stage(layer, measure_unit):
+    size, channels, *rest = STAGES[layer]
+    measure_unit(f"Stage {layer}", lambda: make_stage("bottleneck", channels, *rest)[0], channels, size)
 
 
 @pytest.mark.parametrize(
