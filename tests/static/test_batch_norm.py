@@ -20,7 +20,10 @@ HEAVIEST = [
     "bn_bwd_apply, mask output, shortcut projected",
 ]
 
-STREAMING = {"_channel_stats_kernel", "_bn_act_kernel", "_bn_bwd_reduce_kernel", "_bn_bwd_apply_kernel"}
+STREAMING = {
+    *("_add_masked_kernel", "_channel_stats_kernel"),
+    *("_bn_act_kernel", "_bn_bwd_reduce_kernel", "_bn_bwd_apply_kernel"),
+}
 SMALL = {"_bn_finalize_kernel", "_bn_constants_kernel", "_bn_bwd_finalize_kernel"}
 
 
