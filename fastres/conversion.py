@@ -20,6 +20,9 @@ from .nn.stage import GRANULARITIES
 # The second is where torchvision's ResNet keeps its forward, the third is how an nn.Sequential's gets at the children.
 _FORWARD_METHODS = ("forward", "_forward_impl", "__iter__")
 _NAMED_IN_MESSAGES = 5
+NOTHING_KNOWN = (
+    "no block or stem of a class that fastres knows, no nn.Sequential with conv, batch norm and ReLU in a row"
+)
 
 
 class Unit(NamedTuple):
@@ -63,17 +66,17 @@ def convert(
 
     Args:
         model: any module that holds such blocks, or is one.
-        backend: one of `fastres.backends.CHOICES`, stored in each converted block and stem as its attribute `backend`.
+        backend: one of `fastres.backends.CHOICES`, stored in each converted unit but stages as its attribute `backend`.
         granularity: "block" for one fused function for each block, "stage" for one for each chain of blocks, "auto"
             for one of both, see `fastres.nn.Stage`; stored in each stage as its attribute `granularity`. With "block"
-            an nn.Sequential stays what it is.
-        filter_fn: called with a block, stem or stage and its path in the model; where it returns False the module stays
-            as it is. A block that stays so is called as a module by its stage.
-        strict: raise ValueError, and change nothing, unless every block and stem that was found can be fused.
+            an nn.Sequential of blocks stays what it is.
+        filter_fn: called with each unit and its path in the model; where it returns False the module stays as it is. A
+            block that stays so is called as a module by its stage.
+        strict: raise ValueError, and change nothing, unless everything that was found can be fused.
 
     Returns:
-        The same model. Warns, once, when something that looks like a block or a stem will run as stock modules, or when
-        there is nothing to fuse.
+        The same model. Warns, once, when something that looks like a block or a stem, or a conv, batch norm and ReLU in
+        a row, will run as stock modules, or when there is nothing to fuse.
 
     Raises:
         ValueError: unknown `backend` or `granularity`; `strict`; a model already compiled or sharded.
@@ -88,12 +91,13 @@ def convert(
         if unit.fused is None and _is_sharded(unit.module):
             raise ValueError(f"convert: {unit}")
     with_layers = [unit for unit in units if unit.name != "stage"]
-    left = [unit for unit in with_layers if unit.reason is not None]
+    left = [unit for unit in map(_with_refused_layers, with_layers) if unit.reason is not None]
     message = None
     if not with_layers:
-        message = f"{type(model).__name__} has nothing to fuse: no block or stem of a class that fastres knows"
+        message = f"{type(model).__name__} has nothing to fuse: {NOTHING_KNOWN}"
     elif left:
-        message = f"{len(left)} of {len(with_layers)} units run as stock modules: {_listed(left)}"
+        wholly = "" if all(unit in with_layers for unit in left) else ", some of them in part"
+        message = f"{len(left)} of {len(with_layers)} units run as stock modules{wholly}: {_listed(left)}"
     if strict and message is not None:
         raise ValueError(f"convert: {message}")
     settings = {"backend": backend, "granularity": granularity}
@@ -156,6 +160,8 @@ def _unit(path: str, module: nn.Module, known: dict[type[nn.Module], type[FusedM
         reason = "it is sharded already; convert the model before fully_shard"
     elif any(getattr(cls, method, None) is not getattr(base, method, None) for method in _FORWARD_METHODS):
         reason = f"{_qualified(cls)} has a forward of its own"
+    elif isinstance(module, nn.Sequential) and (name := _taken(module, sequential.FusedSequential)) is not None:
+        reason = f"it uses the name {name!r}, which fastres needs for itself"
     else:
         fused = known[base] if cls is base else fused_class(known[base].__bases__[0], cls)
     if "forward" in module.__dict__:
@@ -170,7 +176,9 @@ def _stage(path: str, module: nn.Sequential, known: dict[type[nn.Module], type[F
     swap to.
     """
 
-    def is_block(child: nn.Module) -> bool:
+    def is_block(child: nn.Module | None) -> bool:
+        if child is None:
+            return False
         unit = _unit("", child, known)
         return unit is not None and unit.fused is not None and issubclass(unit.fused, blocks.FusedBlock)
 
@@ -178,9 +186,25 @@ def _stage(path: str, module: nn.Sequential, known: dict[type[nn.Module], type[F
         return None
     if isinstance(module, FusedModule):
         return Unit(path, module, "stage", type(module), None)
-    if "forward" in module.__dict__ or not all(map(is_block, module)):
+    if "forward" in module.__dict__ or _taken(module, stage.FusedStage) or not all(map(is_block, module)):
         return None
     return Unit(path, module, "stage", stage.Stage, None)
+
+
+def _with_refused_layers(unit: Unit) -> Unit:
+    """The unit; of an nn.Sequential of which some layers will run as modules, with the reason for that."""
+    if unit.fused is None or not issubclass(unit.fused, sequential.FusedSequential) or unit.reason is not None:
+        return unit
+    return unit._replace(reason=unit.fused.separate_reason(unit.module))
+
+
+def _taken(module: nn.Sequential, mixin: type[FusedModule]) -> str | None:
+    """A name that both an nn.Sequential which is not fused, by a child or an attribute, and the mixin use."""
+    if isinstance(module, FusedModule):
+        return None
+    names = [name for name in module._modules if hasattr(mixin, name) and not hasattr(nn.Sequential, name)]
+    names += [name for name in mixin.settings if name in module.__dict__ or hasattr(type(module), name)]
+    return names[0] if names else None
 
 
 def _has_layers(module: nn.Sequential, known: dict[type[nn.Module], type[FusedModule]]) -> bool:

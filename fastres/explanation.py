@@ -9,23 +9,25 @@ import torch
 from torch import nn
 
 from . import backends, plan
-from .conversion import Unit, find_units
+from .conversion import NOTHING_KNOWN, Unit, find_units
 from .nn.fused import FusedModule, FusedUnit
 from .nn.sequential import triples
 from .nn.stage import FusedStage
 from .text import aligned
 
+STATUSES = ("fused", "partly", "by blocks", "stock")
+
 
 class Row(NamedTuple):
-    """One block, stem or stage of a model.
+    """One unit of a model: a block, stem or stage, or an nn.Sequential with conv, batch norm and ReLU in a row.
 
-    path: in the model, "" for the model itself. unit: the function of `fastres.functional` that it is. status: "fused";
-    "partly", where the shortcut of a block, some blocks of a stage or some conv + BN + ReLU of several run as modules
-    beside the fused rest; "stock", where the children run one by one. input: shape of its input, where `explain` was
-    given one. backend: what was asked for, and the kernel namespaces that serve it for the dtype and device that was
-    planned for; empty for a stage, whose blocks say it. form: of a fused block, what is Gram-folded and what is stored,
-    and why; of a stage, its chains; of an nn.Sequential, how many conv + BN + ReLU are fused. reason: why not fused, or
-    not wholly.
+    path: in the model, "" for the model itself. unit: the function of `fastres.functional` that it is. status: one of
+    `STATUSES`: "fused"; "partly", where the shortcut of a block, some blocks of a stage or some conv + BN + ReLU of
+    several run as modules beside the fused rest; "by blocks", where none of a stage are chained; "stock", where the
+    children run one by one. input: shape of its input, where `explain` was given one. backend: what was asked for, and
+    the kernel namespaces that serve it for the dtype and device that was planned for; empty for a stage, whose blocks
+    say it. form: of a fused block, what is Gram-folded and what is stored, and why; of a stage, its chains; of an
+    nn.Sequential, how many conv + BN + ReLU are fused. reason: why not fused, or not wholly.
     """
 
     path: str
@@ -113,10 +115,11 @@ def _row(unit: Unit, shape: tuple[int, ...] | None, dtype: torch.dtype | None, d
 def _stage_row(unit: Unit, shape: tuple[int, ...] | None) -> Row:
     stage = unit.module
     chains, form = [], ""
+    by_blocks = any(isinstance(child, FusedModule) for child in stage)
     if not isinstance(stage, FusedModule):
         reason = "not converted: call fastres.convert(model)"
-        if any(isinstance(child, FusedModule) for child in stage):
-            reason = "nn.Sequential runs its blocks one by one: fastres.convert(model) chains them"
+        if by_blocks:
+            reason = "nn.Sequential runs its blocks one by one: fastres.convert(model, granularity='auto') chains them"
     elif "forward" in stage.__dict__:
         reason = "its forward was replaced on the instance"
     else:
@@ -124,7 +127,7 @@ def _stage_row(unit: Unit, shape: tuple[int, ...] | None) -> Row:
         if chains:
             form = f"{' and '.join(chains)} blocks in {'one chain' if len(chains) == 1 else 'chains'}"
         reason = _alone(stage)
-    status = "stock" if not chains else "partly" if reason else "fused"
+    status = ("partly" if reason else "fused") if chains else "by blocks" if by_blocks else "stock"
     return Row(unit.path, unit.name, status, shape, "", form, reason)
 
 
@@ -156,12 +159,12 @@ def _plan(module: FusedUnit, dtype: torch.dtype | None, device: torch.device | N
 
 def _notes(model: nn.Module, units: list[Unit], rows: list[Row]) -> list[str]:
     if not rows:
-        return [f"{type(model).__name__} has no block or stem that fastres knows."]
+        return [f"{type(model).__name__} has nothing to fuse: {NOTHING_KNOWN}."]
     stages = [row for row in rows if row.unit == "stage"]
     with_layers = [row for row in rows if row.unit != "stage"]
     notes = [f"{len(with_layers)} units: {_counts(with_layers)}."]
     if stages:
-        notes[0] += f" {len(stages)} stages: {_counts(stages)}."
+        notes[0] += f" {len(stages)} stage{'s' * (len(stages) > 1)}: {_counts(stages)}."
     inside = {id(child) for unit in units if unit.name != "stage" for child in _covered(unit)}
     outside = [module for module in model.modules() if id(module) not in inside]
     convs = sum(isinstance(module, nn.Conv2d) for module in outside)
@@ -173,7 +176,8 @@ def _notes(model: nn.Module, units: list[Unit], rows: list[Row]) -> list[str]:
             "Under fully_shard a parameter is DTensor between the steps and plain within them, where its block runs "
             "fused: explain a model before sharding it."
         )
-    weights = (weight for unit in units for weight in unit.module.parameters() if weight.dim() == 4)
+    parameters = (weight for unit in units for weight in unit.module.parameters())
+    weights = (weight for weight in parameters if not nn.parameter.is_lazy(weight) and weight.dim() == 4)
     if not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights):
         notes.append(
             "Fused units compute in channels_last and return it: an NCHW input is converted once, at the first. "
@@ -183,7 +187,7 @@ def _notes(model: nn.Module, units: list[Unit], rows: list[Row]) -> list[str]:
 
 
 def _counts(rows: list[Row]) -> str:
-    counts = ((status, sum(row.status == status for row in rows)) for status in ("fused", "partly", "stock"))
+    counts = ((status, sum(row.status == status for row in rows)) for status in STATUSES)
     return ", ".join(f"{count} {status}" for status, count in counts if count)
 
 
@@ -203,7 +207,8 @@ def _input_shapes(model: nn.Module, units: list[Unit], input_shape: Sequence[int
 
     def recorder(path: str):
         def record(module, args):
-            shapes[path] = tuple(args[0].shape)
+            if args and isinstance(args[0], torch.Tensor):
+                shapes[path] = tuple(args[0].shape)
 
         return record
 

@@ -41,7 +41,7 @@ _FOLDED_PROJECTION = ("projection_gram", "projection_fprop", "projection_wgrad",
 _EXTENSION_IN_BLOCKS = ("projection_gram", "projection_conv", "projection_dgrad")
 
 CONV3X3 = ("conv3x3", "conv3x3_dgrad", "conv3x3_wgrad")
-"""Kernels that the library takes as a convolution with passes around it; those are Triton's where Triton runs."""
+"""Kernels that the library takes as a convolution with passes around it; the passes are Triton's where Triton runs."""
 
 _PASSES = ("channel_stats", "bn_act", "bn_bwd_mask", "add_masked")
 
@@ -59,6 +59,9 @@ _EXTENSION_ON_CPU = {torch.float32: _FOLDED_PROJECTION, torch.bfloat16: ("projec
 
 _PADDED = (4, 8)
 """Channels that a convolution of images in 16 bits may be padded to on a GPU."""
+
+_FEWEST_CHANNELS = 32
+"""Of a 3x3 convolution that Triton is chosen for: half of its smallest tile."""
 
 _wrap: Callable[[SimpleNamespace], SimpleNamespace] | None = None
 _device: torch.device | None = None
@@ -113,16 +116,22 @@ class PerCall:
         if found is None or not set(self.launchers) <= set(found):
             found = {name: call.modelled(name, launcher, _part) for name, launcher in self.launchers.items()}
             how = "modelled"
-        ordered = sorted(self.launchers, key=found.get)
+        # What takes as long is rather the library's.
+        ordered = sorted(self.launchers, key=lambda name: (found[name], name != "library"))
         best, *others = (f"{1e6 * found[name]:.0f}" for name in ordered)
         left = ", ".join(f"{name} {other}" for name, other in zip(ordered[1:], others, strict=True))
         return Choice(self.launchers[ordered[0]], f"{how} {best}, {left}")
 
 
 def _not_in_boxes(arguments: dict[str, object]) -> str | None:
-    if in_boxes(*(arguments[name] for name in ("stride", "dilation", "groups"))):
-        return None
-    return "Triton has no groups, and no dilation at a stride"
+    if not in_boxes(*(arguments[name] for name in ("stride", "dilation", "groups"))):
+        return "Triton has no groups, and no dilation at a stride"
+    # The model counts products, of which Triton's tiles would compute many times as many.
+    weight = arguments.get("weight")
+    channels = weight.shape[:2] if weight is not None else (arguments["x"].shape[-1], arguments["dy"].shape[-1])
+    if min(channels) < _FEWEST_CHANNELS or any(count % 8 for count in channels):
+        return "too few channels for Triton's tiles, or not a multiple of 8"
+    return None
 
 
 def _not_of_images(arguments: dict[str, object]) -> str | None:

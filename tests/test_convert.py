@@ -135,7 +135,7 @@ def test_nothing_to_fuse_is_said():
         assert fastres.convert(model) is model
     with pytest.raises(ValueError, match="convert: Sequential has nothing to fuse"):
         fastres.convert(model, strict=True)
-    assert str(fastres.explain(model)) == "Sequential has no block or stem that fastres knows."
+    assert str(fastres.explain(model)).startswith("Sequential has nothing to fuse: no block or stem")
 
 
 def test_a_fused_model_converts_without_a_warning():
@@ -377,7 +377,9 @@ def test_explain_counts_the_layers_of_a_sequential_once(network):
     assert features.reason == "3-5 run as modules: 4 has a hook"
     assert (nested.status, nested.form) == ("stock", "")
     assert nested.reason == "0-2 run as modules: 1 is SyncBatchNorm, not nn.BatchNorm2d"
-    with pytest.raises(ValueError, match=r"1 of 3 units run as stock modules: nested.0 \(conv_bn_relu\): 0-2 run as"):
+    with pytest.raises(
+        ValueError, match=r"2 of 3 units run as stock modules, some .* nested.0 \(conv_bn_relu\): 0-2 run as"
+    ):
         fastres.convert(network, strict=True)
 
 

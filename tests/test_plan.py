@@ -244,6 +244,22 @@ class TestPerCall:
         assert plan.origin(choice.launcher) == "library"
         assert choice.reason == "Triton has no groups, and no dilation at a stride"
 
+    @pytest.mark.parametrize("channels", [(3, 64), (64, 16), (100, 64)])
+    def test_3x3_convs_of_few_channels_are_the_librarys(self, channels):
+        x = torch.empty(256, 224, 224, channels[0], dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(channels[1], channels[0], 3, 3, dtype=torch.bfloat16, device="meta")
+        dy = torch.empty(256, 224, 224, channels[1], dtype=torch.bfloat16, device="meta")
+        k = plan.resolve(torch.bfloat16, META)
+        fprop = plan.choose(k.conv3x3, (x, weight), {})
+        dgrad = plan.choose(k.conv3x3_dgrad, (dy, weight, (224, 224)), {})
+        wgrad = plan.choose(k.conv3x3_wgrad, (x, dy), {})
+        for choice in (fprop, dgrad, wgrad):
+            assert plan.origin(choice.launcher) == "library" and "too few channels" in choice.reason
+
+    def test_what_takes_as_long_is_the_librarys(self, monkeypatch):
+        monkeypatch.setattr(plan.tuned, "seconds", lambda device, label: {"triton": 1.0, "library": 1.0})
+        assert plan.origin(self.conv(1235, 256, 64).launcher) == "library"
+
     def test_images_are_padded_where_that_was_measured_to_be_faster(self, monkeypatch):
         k = plan.resolve(torch.bfloat16, META)
 

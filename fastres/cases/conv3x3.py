@@ -34,8 +34,11 @@ _RAGGED = _sizes(7, 9, 24, 80)
 _GENERAL = _sizes(5, 7, 36, 20)
 STATIC = (*((_BF16, sizes) for sizes in (*_BOXES, _RAGGED, _GENERAL)), (_F32, _sizes(5, 7, 64, 64)))
 # Even sizes, which TMA takes by pairs; odd ones; and channels that do not fill a load.
-STRIDED = tuple((_BF16, _sizes(*hwck)) for hwck in ((8, 8, 64, 64), (8, 8, 128, 128), (7, 9, 64, 64), (8, 8, 24, 80)))
-FORM = ((_BF16, _BOXES[0]),)
+STRIDED = tuple(
+    (_BF16, _sizes(*hwck))
+    for hwck in ((8, 8, 64, 64), (8, 8, 128, 128), (4, 4, 128, 128), (2, 2, 64, 128), (7, 9, 64, 64), (8, 8, 24, 80))
+)
+FORM = tuple((_BF16, sizes) for sizes in _BOXES[:2])
 """For what differs from the main form of a kernel in its loads or its epilogue."""
 
 
@@ -106,6 +109,7 @@ def _run_plain(options):
         return {
             "y": k.conv3x3(t["y"], t["weight"], **options, with_stats=False)[0],
             "dx": dgrad(),
+            "dx, masked": dgrad(mask=t["y"]),
             "dx + residual": dgrad(residual=t["residual"]),
             "dx + residual, masked": dgrad(residual=t["residual"], mask=t["y"]),
             "dW": k.conv3x3_wgrad(t["y"], t["dy"], **options),
@@ -123,6 +127,7 @@ def _stock_plain(options):
         return {
             "y": nhwc(F.conv2d(y, weight, None, **options)),
             "dx": dx,
+            "dx, masked": relu_backward(dx, t["y"]),
             "dx + residual": dx + t["residual"],
             "dx + residual, masked": relu_backward(dx + t["residual"], t["y"]),
             "dW": conv_grad.conv2d_weight(y, weight.shape, dy, **options),

@@ -1,4 +1,7 @@
-"""Fused units as differentiable functions, one file each, over one `torch.library` operator per direction."""
+"""Fused units as differentiable functions, one file each, over one `torch.library` operator per direction.
+
+A stage runs those of its blocks.
+"""
 
 from ._batch_norm import BatchNormParams
 from .basic_block import BasicBlockParams, basic_block

@@ -60,7 +60,8 @@ class Conv(NamedTuple):
     def family(self) -> str:
         stride, padding, dilation, groups = self.geometry.conv
         kernel = tuple(self.weight.shape[2:])
-        if stride[0] == stride[1]:
+        # Of images `conv2d` is the kernel that may pad the channels.
+        if stride[0] == stride[1] and self.weight.shape[1] * groups > 3:
             if kernel == (1, 1) and padding == (0, 0) and groups == 1:
                 return "conv1x1"
             if kernel == (3, 3) and padding == dilation and dilation[0] == dilation[1]:
@@ -258,6 +259,10 @@ def conv_bn_relu(
         As `fastres.functional.bottleneck`; ValueError for a `conv_bias` of another shape.
     """
     x = prepare_input("conv_bn_relu", x, conv_weight, groups)
+    channels = conv_weight.shape[:1]
+    if any(vector is not None and vector.shape != channels for vector in bn[:4]):
+        shapes = sorted({tuple(vector.shape) for vector in bn[:4] if vector is not None})
+        raise ValueError(f"conv_bn_relu: bn must be of {channels[0]} channels, as the conv gives, is of {shapes}")
     if conv_bias is not None and conv_bias.shape != conv_weight.shape[:1]:
         raise ValueError(
             f"conv_bn_relu: conv_bias must be [{conv_weight.shape[0]}], as the weight says, is {tuple(conv_bias.shape)}"

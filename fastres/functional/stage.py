@@ -29,7 +29,7 @@ def stage(x: Tensor, blocks: Sequence[BottleneckParams | BasicBlockParams], *, b
         The last block's output, as `fastres.functional.bottleneck` and `basic_block` give it.
 
     Raises:
-        As they do, naming the block. ValueError without blocks.
+        As they do; where a shape or a dtype does not fit, naming the block. ValueError without blocks.
     """
     if not blocks:
         raise ValueError("stage: blocks is empty; pass at least one block")

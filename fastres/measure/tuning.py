@@ -45,7 +45,7 @@ class _OnMeta(Operators):
 def choices(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype) -> dict[str, Choice]:
     """Those of a training step of the model on a GPU, by the calls' labels; found on the meta device.
 
-    Raises ValueError where the plan has no choice: in float32, and without triton.
+    Raises ValueError where the plan has no choice: in float32, and without triton but for convolutions of images.
     """
     found: dict[str, Choice] = {}
 

@@ -38,6 +38,18 @@ class FusedModule:
         return _stock_copy(self)
 
 
+class FusedSlices:
+    """Mixin in front of nn.Sequential: a slice, which is made by calling the class, has the settings too."""
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            for name in self.settings:
+                if name in self.__dict__:
+                    setattr(found, name, self.__dict__[name])
+        return found
+
+
 class FusedUnit(FusedModule):
     """A fused module whose children are layers.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .conv_bn_relu import layers_reason, run_layers
-from .fused import FusedUnit
+from .fused import FusedSlices, FusedUnit
 from .guard import call_reason
 
 _REASONS_SHOWN = 3
@@ -46,7 +46,7 @@ def _refused(module: nn.Module) -> str | None:
     return "; ".join(phrases[:_REASONS_SHOWN] + [f"and {more} more"] * (more > 0)) or None
 
 
-class FusedSequential(FusedUnit):
+class FusedSequential(FusedSlices, FusedUnit):
     """Runs each conv, batch norm and ReLU that follow each other through `fastres.functional.conv_bn_relu`, where they
     can be fused, and calls the other children as modules.
 
@@ -74,6 +74,9 @@ class FusedSequential(FusedUnit):
         found = triples(self)
         fused = sum(layers_reason(self, names) is None for names in found)
         return f"{fused}{'' if fused == len(found) else f' of {len(found)}'} conv + BN + ReLU"
+
+    def forward(self, input: Tensor) -> Tensor:  # by nn.Sequential's name
+        return super().forward(input)
 
     def fused_forward(self, x: Tensor) -> Tensor:
         modules = self.__dict__["_modules"]

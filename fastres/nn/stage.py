@@ -8,8 +8,8 @@ from torch import Tensor, distributed, nn
 
 from fastres import functional
 
-from .blocks import FusedBlock
-from .fused import FusedModule, FusedUnit
+from .blocks import FusedBasicBlock, FusedBlock, FusedBottleneck
+from .fused import FusedModule, FusedSlices, FusedUnit
 from .guard import call_reason, own_call_reason
 
 GRANULARITIES = ("auto", "block", "stage")
@@ -18,7 +18,11 @@ BUCKET = 25 * 2**20
 """Bytes of gradients that DistributedDataParallel reduces together, where it is not told otherwise."""
 
 
-class FusedStage(FusedModule):
+_OF_A_BLOCK = ("fused_forward", "fused_params", "fused_shortcut")
+"""Methods that a chain does not call or calls in another's place."""
+
+
+class FusedStage(FusedSlices, FusedModule):
     """Runs children that follow each other through `fastres.functional.stage`, where they are fused blocks."""
 
     unit = "stage"
@@ -27,8 +31,8 @@ class FusedStage(FusedModule):
     granularity: str = "auto"
     """One of `GRANULARITIES`, see `Stage`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        modules = self.__dict__["_modules"]
+    def forward(self, input: Tensor) -> Tensor:  # by nn.Sequential's name
+        x, modules = input, self.__dict__["_modules"]
         for run in self.runs():
             # Asked for each run: a child of another class may return anything.
             if len(run) > 1 and call_reason(x) is None:
@@ -100,6 +104,9 @@ def alone_reason(child: nn.Module) -> str | None:
         return f"{type(child).__name__} is not a fused block"
     if type(child).forward is not FusedUnit.forward:
         return f"{type(child).__name__} has a forward of its own"
+    block = FusedBottleneck if isinstance(child, FusedBottleneck) else FusedBasicBlock
+    if any(getattr(type(child), name) is not getattr(block, name) for name in _OF_A_BLOCK):
+        return f"{type(child).__name__} has a fused forward of its own"
     if child.__dict__.get("_compiled_call_impl") is not None:
         return "the block is compiled by itself"
     reason = own_call_reason("the block", child) or child.fused_reason()
@@ -118,8 +125,11 @@ class Stage(FusedStage, nn.Sequential):
 
     Blocks of `fastres.nn` that follow each other are chained under one autograd function: in backward, the gradient
     between two of them is masked by the ReLU between them where it is written. Called as modules are a block with a
-    hook on itself or on a child, one that cannot be fused or whose shortcut cannot, and children of other classes. Each
-    block's attribute `backend` chooses its kernels; a change of it ends a chain.
+    hook on itself or on a child, one that cannot be fused or whose shortcut cannot, one that was compiled by itself or
+    has no neighbour, and children of other classes. Each block's attribute `backend` chooses its kernels; a change of
+    it ends a chain. Autograd unpacks what a chain has saved all at once: where that is offloaded, as by
+    torch.autograd.graph.save_on_cpu, "block" needs less memory. It also runs a chain's backward as a whole, where
+    gradients of some of its parameters only are asked for.
 
     The attribute `granularity`: "stage" chains wherever that is possible, "block" nowhere. "auto", the default, chains,
     but in several processes (torch.distributed) nothing of more than 25 MB of gradients: autograd gets those of a chain

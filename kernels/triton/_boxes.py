@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._common import ceil_div
 
-_TOLERATED = 1.25
+_TOLERATED = 1.5
 
 
 class Box(NamedTuple):
@@ -58,8 +58,8 @@ def choose_box(pixels: int, n: int, h: int, w: int) -> Box:
     """The box of this many pixels that covers `[n, h, w]` by the fewest.
 
     For many images that is one that divides h and w, over more images the smaller the maps are. It is kept for fewer
-    images too as long as it needs at most a quarter more boxes than the best, so that the smaller last batch of an
-    epoch compiles nothing.
+    images too as long as it needs at most half as many boxes again as the best, so that the smaller last batch of an
+    epoch compiles nothing unless it is far smaller.
     """
     sizes = [1 << i for i in range(pixels.bit_length())]
     boxes = [Box(pixels // (r * c), r, c) for r in sizes for c in sizes if r * c <= pixels]

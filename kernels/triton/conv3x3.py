@@ -14,7 +14,7 @@ unfolded in memory. Stride 2 takes every second pixel in a box. Its dgrad is fou
 and column, of the four, two, two and one taps that reach such pixels; the programs with most taps start first.
 
 In wgrad the activation stays, and the gradient moves: what BN + ReLU forms on load is formed once for all the taps that
-a program has (`Tile.parts` accumulators), and padding needs no mask, because the gradient is zero there.
+a program has (`Tile.parts` accumulators); only boxes that reach over an image's edge have to be masked for that.
 
 Bytes moved: every operand and result once. In fprop and dgrad each box is read nine times, and again for each block of
 channels, out of L2: programs with neighbouring numbers share their pixels, and their weights too. A wgrad writes and
@@ -28,6 +28,8 @@ Deterministic: splits depend on shapes, dtype and part only, and are added in th
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -120,7 +122,7 @@ CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 
 _FLOAT32_WGRAD = (Tile(64, 64, 16, 1, 8, 3), Tile(64, 32, 16, 1, 4, 2))
 _MOST_SPLITS = 12
-"""Of a wgrad whose tiles alone fill a GPU: each split's partial sums are as large as the weights, in float32."""
+"""Of a wgrad with many tiles: each split's partial sums are as large as the weights, in float32."""
 
 _SIZES = ["N", "H", "W", "HO", "WO", "c_units", "k_units", "dilation"]
 
@@ -325,9 +327,11 @@ def _conv3x3_wgrad_kernel(
         tl.store(partials + at, accs[index].T, mask=present)
 
 
+@functools.lru_cache(maxsize=4096)
 def _splits(steps: int, tiles: int, programs: int) -> int:
     """Into how many programs each of `tiles` is split along `steps`, so that of `programs` at a time few are idle at
-    the end. Depends on shapes and part alone, as the order of sums does.
+    the end: tiles are few and large here, and those of `_gemm.split_count` would leave up to half of a GPU without
+    work. Depends on shapes and part alone, as the order of sums does.
     """
     most = min(steps, max(_MOST_SPLITS, programs // tiles))
     shares = {splits: ceil_div(tiles * splits, programs) / splits for splits in range(1, most + 1)}
@@ -395,7 +399,7 @@ def conv3x3(
         )
         return ChannelStats(count, mean, m2) if with_stats else None, compiled
 
-    return y, choose(kernel, choices(CONFIGS, kernel, x, k, tma), x, launch)
+    return y, choose(f"{kernel}, stride {stride}", choices(CONFIGS, kernel, x, k, tma), x, launch)
 
 
 def conv3x3_dgrad(
@@ -416,6 +420,10 @@ def conv3x3_dgrad(
     Raises as `conv3x3` does.
     """
     kernel = "conv3x3_dgrad"
+    if (y is None) != (bn is None):
+        raise ValueError(f"{kernel}: y and bn describe one batch norm: pass both, or neither")
+    if bn is not None and (residual is not None or mask is not None):
+        raise ValueError(f"{kernel}: residual and mask are not for a gradient in front of bn: leave them out")
     if not in_boxes(stride, dilation, groups):
         return library_conv3x3_dgrad(
             dy, weight, input_hw, stride, dilation, groups, y=y, bn=bn, residual=residual, mask=mask, passes=batch_norm
@@ -460,7 +468,7 @@ def conv3x3_dgrad(
         )
         return (dx, sums), compiled
 
-    return choose(kernel, choices(CONFIGS, kernel, dy, c, tma), dy, launch)
+    return choose(f"{kernel}, stride {stride}", choices(CONFIGS, kernel, dy, c, tma), dy, launch)
 
 
 def conv3x3_wgrad(

@@ -17,7 +17,7 @@ FAMILIES = ("conv1x1", "conv3x3", "expand", "gram")
 CASES = {case.name: case for name in FAMILIES for case in cases.BY_FAMILY[name] if set(case.kernels) <= {*plan.BY_COST}}
 for form in ("", ", plain"):
     del CASES[f"conv3x3{form}, groups 4"]  # the library's
-ODD, ROUND = {"n": 3, "h": 7, "w": 5, "k": 3, "c": 33, "s": 5}, {"n": 1, "h": 9, "w": 8, "k": 24, "c": 96, "s": 40}
+ODD, ROUND = {"n": 3, "h": 7, "w": 5, "k": 3, "c": 33, "s": 5}, {"n": 1, "h": 10, "w": 8, "k": 24, "c": 96, "s": 40}
 """Sizes that TMA does not take, and some that it does."""
 
 
@@ -73,7 +73,8 @@ def test_memory_around_operands_is_neither_used_nor_written(name, sizes, k, devi
     for buffer, size, of_input in fences:
         around = torch.cat([buffer[:PAD], buffer[PAD + size :]])
         assert (around.isnan() if of_input else around == SENTINEL).all()
-    for key in before.keys() - {"residual"}:  # whose memory the gradient takes
+    # The gradient takes the residual's memory, but for 3x3 convolutions.
+    for key in before.keys() - (set() if name.startswith("conv3x3") else {"residual"}):
         if isinstance(before[key], torch.Tensor):
             assert torch.equal(t[key], before[key]), key
 

@@ -368,3 +368,23 @@ def test_granularity_concerns_stages_only():
     fastres.revert(model)
     fastres.convert(model, granularity="block")
     assert isinstance(model[0], FusedSequential) and type(model[1]) is nn.Sequential
+
+
+def test_strict_and_the_warning_see_layers_that_are_refused():
+    model = nn.Sequential(vgg(), nn.Identity())
+    model[0][5] = nn.SyncBatchNorm(6)
+    with pytest.raises(ValueError, match=r"1 of 1 units run as stock modules, some of them in part: 0 .*4-6 run as"):
+        fastres.convert(model, strict=True)
+    assert type(model[0]) is nn.Sequential
+    with pytest.warns(UserWarning, match="some of them in part"):
+        fastres.convert(model)
+    assert type(model[0]) is not nn.Sequential
+
+
+def test_a_batch_norm_of_other_channels_is_named():
+    model = fastres.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    for training in (True, False):
+        with pytest.raises(
+            ValueError, match=r"conv_bn_relu: bn must be of 4 channels, as the conv gives, is of \[\(8,\)"
+        ):
+            model.train(training)(torch.randn(2, 3, 6, 6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -247,7 +248,7 @@ def test_several_processes_chain_what_fits_a_bucket_of_gradients(processes):
     (reason,) = set(model.layer3.alone_reasons().values())
     assert reason == "several processes may reduce gradients, of which a chain would hold back 28 MB"
     row = next(row for row in fastres.explain(model).rows if row.path == "layer3")
-    assert (row.status, row.reason) == ("stock", f"its blocks run one by one: {reason}")
+    assert (row.status, row.reason) == ("by blocks", f"its blocks run one by one: {reason}")
     assert chained(copy.deepcopy(model).bfloat16()) == [True, True, True, False]
     model.layer4[:2].requires_grad_(False)
     assert chained(model) == [True, True, False, True]
@@ -356,8 +357,11 @@ class TestConvert:
                 ("fused", "4 blocks in one chain", ""),
             ]
         else:
-            assert [row.status for row in rows] == ["stock", "stock"]
-            assert rows[0].reason == "nn.Sequential runs its blocks one by one: fastres.convert(model) chains them"
+            assert [row.status for row in rows] == ["by blocks", "by blocks"]
+            assert (
+                rows[0].reason
+                == "nn.Sequential runs its blocks one by one: fastres.convert(model, granularity='auto') chains them"
+            )
             assert rows[1].reason == "its blocks run one by one: granularity is 'block'"
 
     def test_filter_fn_sees_the_stage_and_its_blocks(self, fused_calls):
@@ -386,4 +390,52 @@ class TestConvert:
         assert (row.path, row.unit, row.status, row.form) == ("", "stage", "partly", "2 and 2 blocks in chains")
         assert row.reason == "2 runs by itself: conv1 has a hook; 3 runs by itself: the block has a hook"
         assert [block.status for block in blocks] == ["fused", "fused", "stock", "fused", "fused", "fused"]
-        assert "6 units: 5 fused, 1 stock. 1 stages: 1 partly." in str(fastres.explain(stage))
+        assert "6 units: 5 fused, 1 stock. 1 stage: 1 partly." in str(fastres.explain(stage))
+
+
+class TestAsASequential:
+    """What users of nn.Sequential do with one, on a stage and on conv + BN + ReLU."""
+
+    @pytest.fixture(params=["stage", "layers"])
+    def stock(self, request):
+        if request.param == "stage":
+            return nn.Sequential(*(fastres.revert(Bottleneck(16, 4)) for _ in range(3)))
+        return nn.Sequential(nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    def test_the_input_has_its_name(self, stock):
+        model, x = fastres.convert(copy.deepcopy(stock)), torch.randn(2, 16, 6, 6)
+        assert torch.equal(model(input=x), model(x))
+        assert next(iter(torch.fx.symbolic_trace(model).graph.nodes)).name == "input_1"
+
+    def test_slices_have_the_settings(self, stock):
+        model = fastres.convert(stock, backend="reference", granularity="stage")
+        assert [getattr(model[:2], name) for name in type(model).settings] == [
+            {"backend": "reference", "granularity": "stage"}[name] for name in type(model).settings
+        ]
+
+    def test_absent_and_lazy_children(self, stock):
+        stock.append(nn.LazyConv2d(3, 1))
+        stock._modules["none"] = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            str(fastres.explain(fastres.convert(stock)))
+
+    @pytest.mark.parametrize("name", ["backend", "form", "granularity", "runs"])
+    def test_names_of_its_own_stay_its_own(self, stock, name):
+        stock.add_module(name, nn.Identity())
+        before = copy.deepcopy(stock)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            str(fastres.explain(fastres.convert(stock)))
+        assert list(fastres.revert(stock).state_dict()) == list(before.state_dict())
+        assert type(getattr(stock, name)) is nn.Identity
+
+
+def test_a_block_with_a_fused_forward_of_its_own_is_called():
+    class Doubled(Bottleneck):
+        def fused_forward(self, x):
+            return 2 * super().fused_forward(x)
+
+    stage, x = Stage(Doubled(16, 4), Bottleneck(16, 4)), torch.randn(2, 16, 6, 6)
+    assert torch.equal(stage(x), stage[1](stage[0](x)))
+    assert "Doubled has a fused forward of its own" in stage.alone_reasons()["0"]
