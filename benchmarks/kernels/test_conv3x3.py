@@ -1,7 +1,8 @@
 """The 3x3 convolutions of ResNet-50's blocks, in the forms that a bottleneck uses.
 
 Eager is the convolution alone. Ours also gives the statistics; dgrad masks by the ReLU before the conv and gives the
-sums for its batch norm, wgrad forms the conv's input from the raw one.
+sums for its batch norm, wgrad forms the conv's input from the raw one. The library's rows have PyTorch's passes around
+its convolutions; a plan has Triton's there.
 """
 
 from __future__ import annotations

@@ -48,6 +48,14 @@ class Graphs:
             op._opname for op in operators if isinstance(op, torch._ops.OpOverload) and op.namespace == "fastres"
         )
 
+    @staticmethod
+    def masked_inputs(graph) -> list[bool]:
+        """Of each block's backward in the graph, whether it masks the gradient of its input for the one in front."""
+        backward = (torch.ops.fastres.basic_block_bwd.default, torch.ops.fastres.bottleneck_bwd.default)
+        nodes = [node for node in graph.graph.nodes if node.target in backward]
+        schema = [argument.name for argument in backward[0]._schema.arguments]
+        return [node.args[schema.index("mask_input")] for node in nodes]
+
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("unit", MODULES)
@@ -147,12 +155,14 @@ def test_a_stage_follows_the_batch_and_its_blocks(stock_twin, run, assert_equal_
     for batch in (4, 6, 7, 5):
         compare(batch)
     assert len(graphs.forward) == 2
+    assert graphs.masked_inputs(graphs.backward[-1]) == [True, True, False]
     for module in (stage, stock):
         module[1].bn1.eval()
         module[2].conv2.weight.requires_grad_(False)
     compare(4)
     stage.granularity = "block"
     compare(4)
+    assert graphs.masked_inputs(graphs.backward[-1]) == [False, False, False]
 
 
 def test_a_stage_asks_torch_distributed_in_one_graph(tmp_path, monkeypatch, run):
@@ -160,18 +170,20 @@ def test_a_stage_asks_torch_distributed_in_one_graph(tmp_path, monkeypatch, run)
         pytest.skip("this torch has no gloo, which the CPU process group needs")
     x = torch.randn(3, 4, 8, 8, dtype=torch.float64, requires_grad=True)
 
-    def operators():
+    def masked_inputs():
         stage = make_stage("basic", 4, 6, 3, 2)[0].double()
         graphs = Graphs()
         stage.compile(backend=graphs.backend, fullgraph=True)
         run(stage, x)
-        return [graphs.fused_operators(graph) for graph in graphs.forward]
+        assert [graphs.fused_operators(graph) for graph in graphs.forward] == [{"basic_block_train": 3}]
+        return graphs.masked_inputs(graphs.backward[0])
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        assert operators() == [{"basic_block_train": 3}]
+        monkeypatch.setattr("fastres.nn.stage.BUCKET", 1)
+        assert masked_inputs() == [True, True, False]
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        assert operators() == [{"basic_block_train": 3}]
+        assert masked_inputs() == [False, False, False]
     finally:
         torch.distributed.destroy_process_group()
 
