@@ -107,6 +107,10 @@ _AMPERE = {
 _AMPERE["conv3x3_wgrad, stride 2"] = _AMPERE["conv3x3_wgrad"]
 # Triton 3.6 does not compile several accumulators there; and what spills, in smaller tiles.
 _BLACKWELL = _HOPPER | {
+    "conv3x3": {
+        64: _HOPPER["conv3x3"][64],
+        128: (Tile(128, 128, 64, 2, 8, 4), Tile(128, 128, 64, 2, 8, 2)),
+    },
     "conv3x3_dgrad": {
         64: (Tile(128, 64, 64, 2, 8, 4), Tile(64, 64, 64, 1, 8, 3)),
         128: _HOPPER["conv3x3_dgrad"][128],
