@@ -23,9 +23,9 @@ class Row(NamedTuple):
 
     path: in the model, "" for the model itself. unit: the function of `fastres.functional` that it is. status: one of
     `STATUSES`: "fused"; "partly", where the shortcut of a block, some blocks of a stage or some conv + BN + ReLU of
-    several run as modules beside the fused rest; "by blocks", where none of a stage are chained; "stock", where the
-    children run one by one. input: shape of its input, where `explain` was given one. backend: what was asked for, and
-    the kernel namespaces that serve it for the dtype and device that was planned for; empty for a stage, whose blocks
+    several run as modules beside the fused rest; "by blocks", where a stage has fused ones but no chain; "stock", where
+    the children run one by one. input: shape of its input, where `explain` was given one. backend: what was asked for,
+    and the kernel namespaces that serve it for the dtype and device that was planned for; empty for a stage, whose blocks
     say it. form: of a fused block, what is Gram-folded and what is stored, and why; of a stage, its chains; of an
     nn.Sequential, how many conv + BN + ReLU are fused. reason: why not fused, or not wholly.
     """
@@ -115,13 +115,13 @@ def _row(unit: Unit, shape: tuple[int, ...] | None, dtype: torch.dtype | None, d
 def _stage_row(unit: Unit, shape: tuple[int, ...] | None) -> Row:
     stage = unit.module
     chains, form = [], ""
-    by_blocks = any(isinstance(child, FusedModule) for child in stage)
+    by_blocks = any(isinstance(child, FusedUnit) and child.fused_reason() is None for child in stage)
     if not isinstance(stage, FusedModule):
         reason = "not converted: call fastres.convert(model)"
         if by_blocks:
             reason = "nn.Sequential runs its blocks one by one: fastres.convert(model, granularity='auto') chains them"
     elif "forward" in stage.__dict__:
-        reason = "its forward was replaced on the instance"
+        reason, by_blocks = "its forward was replaced on the instance", False
     else:
         chains = [str(len(run)) for run in stage.runs() if len(run) > 1]
         if chains:
