@@ -26,8 +26,8 @@ class Row(NamedTuple):
     several run as modules beside the fused rest; "by blocks", where a stage has fused ones but no chain; "stock", where
     the children run one by one. input: shape of its input, where `explain` was given one. backend: what was asked for,
     and the kernel namespaces that serve it for the dtype and device that was planned for; empty for a stage, whose
-    blocks say it. form: of a fused block, what is Gram-folded and what is stored, and why; of a stage, its chains; of an
-    nn.Sequential, how many conv + BN + ReLU are fused. reason: why not fused, or not wholly.
+    blocks say it. form: of a fused block, what is Gram-folded and what is stored, and why; of a stage, its chains; of
+    an nn.Sequential, how many conv + BN + ReLU are fused. reason: why not fused, or not wholly.
     """
 
     path: str
