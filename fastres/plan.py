@@ -44,6 +44,7 @@ CONV3X3 = ("conv3x3", "conv3x3_dgrad", "conv3x3_wgrad")
 """Kernels that the library takes as a convolution with passes around it; the passes are Triton's where Triton runs."""
 
 _PASSES = ("channel_stats", "bn_act", "bn_bwd_mask", "add_masked")
+"""What those functions of the library ask of the namespace of passes."""
 
 BY_COST = (
     *("conv1x1", "conv1x1_bwd", "conv1x1_dgrad", "conv1x1_wgrad"),
@@ -81,8 +82,8 @@ class PerCall:
     Seconds are the tuned table's where it has the call for all of them, else modelled (`fastres.cost.seconds`). The
     first call of new shapes works them out; those after it find them.
 
-    launchers: by name, a namespace or a form of one ("pad 8"). only_library: gives, for the arguments of
-    a call by name, the reason why none but the library's should take it, or None.
+    launchers: by name, a namespace or a form of one ("pad 8"). only_library: gives, for the arguments of a call by
+    name, the reason why none but the library's should take it, or None.
     """
 
     def __init__(
@@ -188,8 +189,8 @@ def form_of_block(
     k = resolve_block(dtype, device, backend, first, last, projection)
     costs = "{} channels would cost more products than it saves bytes (modelled)"
     if last is None:
-        what = "Gram-folded" if k.gram_folding and k.fold_projection else "stored"
-        return "convs stored" + (f", projection {what}" if projection is not None and what != "stored" else "")
+        folds = projection is not None and k.gram_folding and k.fold_projection
+        return "convs stored" + (", projection Gram-folded" if folds else "")
     if not k.gram_folding:
         if origin(k.expand) == "triton":
             return f"convs stored: {costs.format(f'folding {last[0]}')}"
@@ -342,7 +343,7 @@ def _resolve_block(
     if projection is not None and backend == "auto" and _extension_on_gpu(dtype, device_type):
         extension = backends.load("projection")
         # In a bottleneck the projection is folded inside of `expand` and `expand_wgrad`.
-        folds, names = ("projection of a bottleneck", _EXTENSION_IN_BLOCKS)
+        folds, names = "projection of a bottleneck", _EXTENSION_IN_BLOCKS
         if last is None:
             folds, names = "projection of a basic block", ("projection_conv", *_FOLDED_PROJECTION)
         flags |= {name: getattr(extension, name) for name in names}

@@ -418,7 +418,8 @@ class TestAsASequential:
         stock._modules["none"] = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            str(fastres.explain(fastres.convert(stock)))
+            explanation = fastres.explain(fastres.convert(stock))
+        assert {row.status for row in explanation.rows} == {"fused"} and str(explanation)
 
     @pytest.mark.parametrize("name", ["backend", "form", "granularity", "runs"])
     def test_names_of_its_own_stay_its_own(self, stock, name):
