@@ -26,57 +26,9 @@ from fastres.kernels.reference._common import acc_dtype
 
 from .. import plan
 from ._batch_norm import TENSORS, BatchNormConfig, BatchNormParams, finalize, flatten, needed, state_grads
-from ._checks import check_identity, check_rows, check_shortcut, output_size, prepare_input
+from ._checks import check_identity, check_rows, check_shortcut, prepare_input
+from ._conv import Conv
 from ._library import ForwardOps, cast, define, nchw, nhwc, parameter_grads, refuse_double_backward, weight_grad
-
-
-class Conv(NamedTuple):
-    """A convolution of a block. weight: `[K, C]`, or `[K, C/groups, 3, 3]` with padding = dilation."""
-
-    weight: Tensor
-    stride: int = 1
-    dilation: int = 1
-    groups: int = 1
-
-    @property
-    def geometry(self) -> tuple[int, int, int]:
-        """stride, dilation and groups, as `conv3x3` takes them."""
-        return self.stride, self.dilation, self.groups
-
-    def output_shape(self, x: tuple[int, ...]) -> tuple[int, ...]:
-        """NHWC shape of the output for an NHWC input of shape x."""
-        n, h, w, _ = x
-        kernel, padding = (1, 0) if self.weight.dim() == 2 else (3, self.dilation)
-        ho, wo = (output_size(size, kernel, self.stride, padding, self.dilation) for size in (h, w))
-        return n, ho, wo, self.weight.shape[0]
-
-    def fprop(self, k: SimpleNamespace, x: Tensor) -> Tensor:
-        if self.weight.dim() == 2:
-            return k.conv1x1(x, self.weight, self.stride, False)[0]
-        return k.conv3x3(x, self.weight, *self.geometry, False)[0]
-
-    def dgrad(
-        self,
-        k: SimpleNamespace,
-        dy: Tensor,
-        x: Tensor,
-        residual: Tensor | None = None,
-        keep_residual: bool = False,
-        mask_input: bool = False,
-    ) -> Tensor:
-        """dx, of the shape of x, plus `residual`, whose memory it may take unless `keep_residual`; masked by x, where
-        that is a ReLU's output, with `mask_input`.
-        """
-        added = {"residual": residual, "mask": x if mask_input else None}
-        if self.weight.dim() == 2:
-            hw = x.shape[1:3]
-            return k.conv1x1_dgrad(dy, self.weight, hw, self.stride, **added, keep_residual=keep_residual)
-        return k.conv3x3_dgrad(dy, self.weight, x.shape[1:3], *self.geometry, **added)[0]
-
-    def wgrad(self, k: SimpleNamespace, x: Tensor, dy: Tensor) -> Tensor:
-        if self.weight.dim() == 2:
-            return k.conv1x1_wgrad(x, dy, self.stride)
-        return k.conv3x3_wgrad(x, dy, *self.geometry)
 
 
 class Moments(NamedTuple):
@@ -155,13 +107,17 @@ def stored_forward(
     raw: list[Tensor] = []
     vectors: list[Tensor] = []
     for conv, params in zip(convs, bns, strict=False):
-        raw.append(conv.fprop(k, k.bn_act(raw[-1], vectors[-1]) if raw else x))
+        raw.append(_raw(k, conv, k.bn_act(raw[-1], vectors[-1]) if raw else x))
         vectors.append(_statistics(k, raw[-1], params))
     if projection is None:
         return Saved(k.bn_act(raw[-1], vectors[-1], x if shortcut is None else shortcut), raw, vectors)
-    y_p = projection.fprop(k, x)
+    y_p = _raw(k, projection, x)
     bn_p = _statistics(k, y_p, bns[-1])
     return Saved(k.bn_act(raw[-1], vectors[-1], y_p, bn_p), [*raw, y_p], [*vectors, bn_p])
+
+
+def _raw(k: SimpleNamespace, conv: Conv, x: Tensor) -> Tensor:
+    return conv.fprop(k, x, with_stats=False)[0]
 
 
 def _statistics(k: SimpleNamespace, y: Tensor, params: BatchNormParams) -> Tensor:

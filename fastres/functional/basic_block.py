@@ -15,9 +15,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ._batch_norm import BatchNormParams, finalize, fold
+from ._conv import Conv
 from ._residual import (
     Block,
-    Conv,
     Gradients,
     Layer,
     Moments,

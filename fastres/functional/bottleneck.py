@@ -16,7 +16,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ._batch_norm import BatchNormParams, finalize, fold
-from ._residual import Block, Conv, Gradients, Layer, Moments, ResidualBlock, Saved, project, residual_block
+from ._conv import Conv
+from ._residual import Block, Gradients, Layer, Moments, ResidualBlock, Saved, project, residual_block
 
 
 def _convs(weights: Sequence[Tensor], stride_1x1: int, stride_3x3: int, dilation: int, groups: int) -> list[Conv]:

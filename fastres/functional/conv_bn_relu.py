@@ -6,21 +6,19 @@ to y but to vectors of the batch norm (docs/arithmetic.md, "Convolution, batch n
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastres.kernels.reference._common import acc, acc_dtype
-from fastres.kernels.reference.batch_norm import ChannelStats
+from fastres.kernels.reference.conv2d import Pair
 
 from .. import plan
 from ._batch_norm import BatchNormConfig, BatchNormParams, finalize, flatten, needed, state_grads
-from ._checks import check_rows, output_size, prepare_input
+from ._checks import check_rows, prepare_input
+from ._conv import GeneralConv
 from ._library import ForwardOps, cast, define, nchw, nhwc, parameter_grads, refuse_double_backward, weight_grad
-
-Pair = tuple[int, int]
 
 
 class Geometry(NamedTuple):
@@ -35,10 +33,9 @@ class Geometry(NamedTuple):
     groups: int
     relu: int
 
-    @property
-    def conv(self) -> tuple[Pair, Pair, Pair, int]:
-        """stride, padding, dilation and groups, as `conv2d` takes them."""
-        return self[0:2], self[2:4], self[4:6], self.groups
+    def conv(self, weight: Tensor) -> GeneralConv:
+        """The convolution with this weight."""
+        return GeneralConv(weight, self[0:2], self[2:4], self[4:6], self.groups)
 
 
 class Config(NamedTuple):
@@ -47,65 +44,13 @@ class Config(NamedTuple):
     backend: str
 
 
-class Conv(NamedTuple):
-    """The convolution by the kernels of its shape: `conv1x1`, `conv3x3`, or `conv2d`, which has every shape.
-
-    weight: `[K, C/groups, R, S]`.
-    """
-
-    weight: Tensor
-    geometry: Geometry
-
-    @property
-    def family(self) -> str:
-        stride, padding, dilation, groups = self.geometry.conv
-        kernel = tuple(self.weight.shape[2:])
-        # Of images `conv2d` is the kernel that may pad the channels.
-        if stride[0] == stride[1] and self.weight.shape[1] * groups > 3:
-            if kernel == (1, 1) and padding == (0, 0) and groups == 1:
-                return "conv1x1"
-            if kernel == (3, 3) and padding == dilation and dilation[0] == dilation[1]:
-                return "conv3x3"
-        return "conv2d"
-
-    @property
-    def square(self) -> tuple[int, int, int]:
-        """stride, dilation and groups, as `conv3x3` takes them."""
-        return self.geometry.stride_h, self.geometry.dilation_h, self.geometry.groups
-
-    def fprop(self, k: SimpleNamespace, x: Tensor, with_stats: bool) -> tuple[Tensor, ChannelStats | None]:
-        """y and its statistics, None without `with_stats`."""
-        if self.family == "conv1x1":
-            return k.conv1x1(x, self.weight.flatten(1), self.geometry.stride_h, with_stats)
-        if self.family == "conv3x3":
-            return k.conv3x3(x, self.weight, *self.square, with_stats)
-        y = k.conv2d(x, self.weight, *self.geometry.conv)
-        return y, k.channel_stats(y) if with_stats else None
-
-    def dgrad(self, k: SimpleNamespace, dy: Tensor, x: Tensor) -> Tensor:
-        """dx, of the shape of x."""
-        if self.family == "conv1x1":
-            return k.conv1x1_dgrad(dy, self.weight.flatten(1), x.shape[1:3], self.geometry.stride_h)
-        if self.family == "conv3x3":
-            return k.conv3x3_dgrad(dy, self.weight, x.shape[1:3], *self.square)[0]
-        return k.conv2d_dgrad(dy, self.weight, x.shape[1:3], *self.geometry.conv)
-
-    def wgrad(self, k: SimpleNamespace, x: Tensor, dy: Tensor) -> Tensor:
-        """dW in acc."""
-        if self.family == "conv1x1":
-            return k.conv1x1_wgrad(x, dy, self.geometry.stride_h)
-        if self.family == "conv3x3":
-            return k.conv3x3_wgrad(x, dy, *self.square)
-        return k.conv2d_wgrad(x, dy, self.weight.shape[2:], *self.geometry.conv)
-
-
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, bns: list[BatchNormParams], geometry: list[int], backend: str
 ) -> tuple[Tensor, ...]:
     k = plan.resolve(x.dtype, x.device, backend)
     shape = Geometry(*geometry)
     (params,) = bns
-    y, stats = Conv(weight, shape).fprop(k, x, params.batch_stats)
+    y, stats = shape.conv(weight).by_its_shape().fprop(k, x, params.batch_stats)
     if bias is not None and not params.batch_stats:
         params = params._replace(running_mean=acc(params.running_mean) - acc(bias))
     bn = finalize(k, params, stats, x.dtype)
@@ -139,7 +84,7 @@ def _backward(
     """dx, dW and dbias (in acc) and `grad` `[4, K]`; needs: x, weight, the conv's bias, gamma or beta."""
     k = plan.resolve(x.dtype, x.device, backend)
     shape = Geometry(*geometry)
-    conv = Conv(weight, shape)
+    conv = shape.conv(weight).by_its_shape()
     need_x, need_w, need_bias, need_bn = needs
     need_dy = need_x or need_w
     relu = bool(shape.relu)
@@ -160,16 +105,8 @@ def _backward(
     return dx, dw, dbias, grad if need_bn else None
 
 
-def _output_shape(x: Tensor, weight: Tensor, shape: Geometry) -> tuple[int, ...]:
-    """NHWC shape of the output for an NHWC x."""
-    stride, padding, dilation, _ = shape.conv
-    n, *hw, _ = x.shape
-    ho, wo = (output_size(hw[i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
-    return n, ho, wo, weight.shape[0]
-
-
 def _forward_fake(x, weight, bias, bns, geometry, backend):
-    y = x.new_empty(_output_shape(x, weight, Geometry(*geometry)))
+    y = x.new_empty(Geometry(*geometry).conv(weight).output_shape(x.shape))
     return y, torch.empty_like(y), x.new_empty(4, weight.shape[0], dtype=acc_dtype(x.dtype))
 
 
@@ -268,7 +205,8 @@ def conv_bn_relu(
             f"conv_bn_relu: conv_bias must be [{conv_weight.shape[0]}], as the weight says, is {tuple(conv_bias.shape)}"
         )
     geometry = Geometry(*stride, *padding, *dilation, groups, int(relu))
-    n, h, w, c = _output_shape(x.permute(0, 2, 3, 1), conv_weight, geometry)
+    n, c, h, w = x.shape
+    n, h, w, c = geometry.conv(conv_weight).output_shape((n, h, w, c))
     if h < 1 or w < 1:
         raise ValueError(f"conv_bn_relu: x of {tuple(x.shape[2:])} pixels is smaller than the dilated kernel")
     check_rows(bn, (n, c, h, w))

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.reference._common import acc_dtype
+from fastres.kernels.reference.conv2d import Pair
 
 from .. import plan
 from ._batch_norm import BatchNormConfig, BatchNormParams, finalize, flatten, needed, state_grads
 from ._checks import check_rows, output_size, prepare_input
 from ._library import ForwardOps, cast, define, nchw, nhwc, parameter_grads, refuse_double_backward, weight_grad
-
-Pair = tuple[int, int]
 
 
 class Geometry(NamedTuple):
