@@ -47,10 +47,9 @@ class Box(NamedTuple):
                 columns //= 2
         return Box(images, rows, columns)
 
-    @property
-    def constants(self) -> dict[str, int]:
+    def constants(self, prefix: str = "") -> dict[str, int]:
         """As a kernel takes it."""
-        return {"IMAGES": self.images, "ROWS": self.rows, "COLUMNS": self.columns}
+        return {f"{prefix}{name.upper()}": size for name, size in self._asdict().items()}
 
 
 @functools.lru_cache(maxsize=4096)

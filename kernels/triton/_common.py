@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.batch_norm import ChannelStats
+
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether kernels decorated in this process run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
 
@@ -106,6 +108,12 @@ def check_dense(
 def check_vectors(kernel: str, like: Tensor, **vectors: Tensor | None) -> None:
     """Raise unless those given are dense float32 `[4, C]` on the device of `like`, whose last dimension is C."""
     check_dense(kernel, (4, like.shape[-1]), (torch.float32,), like.device, **vectors)
+
+
+def empty_stats(groups: int, channels: int, device: torch.device) -> ChannelStats:
+    """Memory for the Welford partials of this many groups of rows, in float32."""
+    mean = torch.empty(groups, channels, dtype=torch.float32, device=device)
+    return ChannelStats(torch.empty(groups, dtype=torch.float32, device=device), mean, torch.empty_like(mean))
 
 
 def ceil_div(a: int, b: int) -> int:

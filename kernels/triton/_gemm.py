@@ -259,6 +259,34 @@ def part(acc, INDEX: tl.constexpr, PARTS: tl.constexpr):
     return found
 
 
+@triton.jit
+def merge_statistics(part, live, rows, seen, mean, m2):
+    """How many pixels a tile has by now, and their mean and centred sum of squares per channel, by Chan's formula.
+
+    mean, m2: of the `seen` pixels before this part `[channels, pixels]`, which is rounded, as the batch norm reads it.
+    live: which of its pixels exist; rows: how many.
+    """
+    value = tl.where(live[None, :], part.to(tl.float32), 0.0)
+    part_mean = tl.sum(value, 1) / tl.maximum(rows, 1.0)
+    deviation = tl.where(live[None, :], value - part_mean[:, None], 0.0)
+    share = rows / tl.maximum(seen + rows, 1.0)
+    delta = part_mean - mean
+    mean += delta * share
+    m2 += tl.sum(deviation * deviation, 1) + delta * delta * (seen * share)
+    return seen + rows, mean, m2
+
+
+@triton.jit
+def store_statistics(count, mean, m2, group, seen, group_mean, group_m2, k, K, CHANNELS: tl.constexpr):
+    """Write what `merge_statistics` gave for the channels from k on as those of this group of pixels."""
+    channels = k + tl.arange(0, CHANNELS)
+    at = tl.cast(group, tl.int64) * K + channels
+    tl.store(mean + at, group_mean, mask=channels < K)
+    tl.store(m2 + at, group_m2, mask=channels < K)
+    if k == 0:
+        tl.store(count + group, seen)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How to multiply weights of this dtype by a float32 matrix, to about float32's digits.
 

@@ -54,6 +54,7 @@ from ._common import (
     check_dense,
     check_device,
     check_vectors,
+    empty_stats,
     on_device,
     part_of,
     relu,
@@ -475,9 +476,30 @@ def _add_masked_kernel(
         tl.store(g + base + offsets, total.to(g.dtype.element_ty), mask=inside)
 
 
-def _rows(t: Tensor) -> int:
-    """M; `numel() // C` would divide by zero for no channels."""
-    return t.shape[:-1].numel()
+class _Walk(NamedTuple):
+    """How programs share the tiles of a tensor `[rows, channels]`. programs: for each block of channels."""
+
+    device: torch.device
+    rows: int
+    channels: int
+    tile: tuple[int, int]
+    programs: int
+    config: Config
+
+    @classmethod
+    def over(cls, t: Tensor, configured: str) -> _Walk:
+        """The walk over t `[N, H, W, C]` by `CONFIGS[part][configured]`."""
+        rows, channels = t.shape[:-1].numel(), t.shape[-1]
+        config = CONFIGS[part_of(t.device)][configured]
+        tile = tile_shape(channels, t.element_size(), config)
+        return cls(t.device, rows, channels, tile, splits(rows, channels, *tile, config), config)
+
+    def launch(self, kernel: triton.JITFunction, *operands: Tensor | None, flags: tuple[bool, ...] = ()) -> None:
+        """Start a kernel that takes operands, sizes, its own flags, tile and stages, in this order."""
+        grid = (ceil_div(self.channels, self.tile[1]), self.programs)
+        sizes = self.rows, *channel_units(self.channels)
+        with on_device(self.device):
+            kernel[grid](*operands, *sizes, *flags, *self.tile, self.config.num_stages, num_warps=self.config.num_warps)
 
 
 def channel_stats(y: Tensor) -> ChannelStats:
@@ -486,27 +508,10 @@ def channel_stats(y: Tensor) -> ChannelStats:
     Raises TypeError for a dtype that Triton kernels do not take, ValueError for memory that is not dense.
     """
     check_activations("channel_stats", y=y)
-    rows, channels = _rows(y), y.shape[-1]
-    config = CONFIGS[part_of(y.device)]["channel_stats"]
-    tile = tile_shape(channels, y.element_size(), config)
-    programs = splits(rows, channels, *tile, config)
-    count = torch.empty(programs, dtype=torch.float32, device=y.device)
-    mean = torch.empty(programs, channels, dtype=torch.float32, device=y.device)
-    m2 = torch.empty_like(mean)
-    grid = (ceil_div(channels, tile[1]), programs)
-    with on_device(y.device):
-        _channel_stats_kernel[grid](
-            y,
-            count,
-            mean,
-            m2,
-            rows,
-            *channel_units(channels),
-            *tile,
-            config.num_stages,
-            num_warps=config.num_warps,
-        )
-    return ChannelStats(count, mean, m2)
+    walk = _Walk.over(y, "channel_stats")
+    stats = empty_stats(walk.programs, walk.channels, y.device)
+    walk.launch(_channel_stats_kernel, y, *stats)
+    return stats
 
 
 def check_running(
@@ -627,24 +632,7 @@ def bn_act(
     out = torch.empty_like(y)
     if y.numel() == 0:
         return out
-    rows, channels = _rows(y), y.shape[-1]
-    config = CONFIGS[part_of(y.device)]["bn_act"]
-    tile = tile_shape(channels, y.element_size(), config)
-    grid = (ceil_div(channels, tile[1]), splits(rows, channels, *tile, config))
-    with on_device(y.device):
-        _bn_act_kernel[grid](
-            y,
-            bn,
-            residual,
-            residual_bn,
-            out,
-            rows,
-            *channel_units(channels),
-            relu,
-            *tile,
-            config.num_stages,
-            num_warps=config.num_warps,
-        )
+    _Walk.over(y, "bn_act").launch(_bn_act_kernel, y, bn, residual, residual_bn, out, flags=(relu,))
     return out
 
 
@@ -689,31 +677,11 @@ def _reduce(
 ) -> tuple[Tensor, Tensor | None]:
     check_activations(kernel, g=g, y=y, out=out, residual=residual)
     check_vectors(kernel, y, bn=bn, residual_bn=residual_bn)
-    rows, channels = _rows(y), y.shape[-1]
-    config = CONFIGS[part_of(y.device)]["bn_bwd_reduce"]
-    tile = tile_shape(channels, y.element_size(), config)
-    programs = splits(rows, channels, *tile, config)
-    sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=y.device)
+    walk = _Walk.over(y, "bn_bwd_reduce")
+    sums = torch.empty(walk.programs, 2, walk.channels, dtype=torch.float32, device=y.device)
     residual_sums = None if residual is None else torch.empty_like(sums)
-    grid = (ceil_div(channels, tile[1]), programs)
-    with on_device(y.device):
-        _bn_bwd_reduce_kernel[grid](
-            g,
-            y,
-            bn,
-            out,
-            residual,
-            residual_bn,
-            masked,
-            sums,
-            residual_sums,
-            rows,
-            *channel_units(channels),
-            relu,
-            *tile,
-            config.num_stages,
-            num_warps=config.num_warps,
-        )
+    operands = g, y, bn, out, residual, residual_bn, masked, sums, residual_sums
+    walk.launch(_bn_bwd_reduce_kernel, *operands, flags=(relu,))
     return sums, residual_sums
 
 
@@ -780,29 +748,8 @@ def bn_bwd_apply(
     if residual is None or residual_grad is None or dresidual is None:
         residual = residual_grad = None
     if g.numel():
-        rows, channels = _rows(g), g.shape[-1]
-        config = CONFIGS[part_of(g.device)]["bn_bwd_apply"]
-        tile = tile_shape(channels, g.element_size(), config)
-        grid = (ceil_div(channels, tile[1]), splits(rows, channels, *tile, config))
-        with on_device(g.device):
-            _bn_bwd_apply_kernel[grid](
-                g,
-                y,
-                bn,
-                grad,
-                out,
-                residual,
-                residual_bn,
-                residual_grad,
-                dy,
-                dresidual,
-                rows,
-                *channel_units(channels),
-                by_input,
-                *tile,
-                config.num_stages,
-                num_warps=config.num_warps,
-            )
+        operands = g, y, bn, grad, out, residual, residual_bn, residual_grad, dy, dresidual
+        _Walk.over(g, "bn_bwd_apply").launch(_bn_bwd_apply_kernel, *operands, flags=(by_input,))
     return dy, g if need_residual and identity_unmasked else dresidual
 
 
@@ -812,21 +759,6 @@ def add_masked(g: Tensor, residual: Tensor, out: Tensor) -> Tensor:
     Raises as `bn_act` does.
     """
     check_activations("add_masked", g=g, residual=residual, out=out)
-    if g.numel() == 0:
-        return g
-    rows, channels = _rows(g), g.shape[-1]
-    config = CONFIGS[part_of(g.device)]["bn_bwd_apply"]
-    tile = tile_shape(channels, g.element_size(), config)
-    grid = (ceil_div(channels, tile[1]), splits(rows, channels, *tile, config))
-    with on_device(g.device):
-        _add_masked_kernel[grid](
-            g,
-            residual,
-            out,
-            rows,
-            *channel_units(channels),
-            *tile,
-            config.num_stages,
-            num_warps=config.num_warps,
-        )
+    if g.numel():
+        _Walk.over(g, "bn_bwd_apply").launch(_add_masked_kernel, g, residual, out)
     return g

@@ -37,6 +37,7 @@ from ._common import (
     check_activations,
     check_dense,
     check_vectors,
+    empty_stats,
     part_of,
     row_vector,
 )
@@ -49,10 +50,12 @@ from ._gemm import (
     has_tma,
     load_pixels,
     load_tile,
+    merge_statistics,
     operand,
     part,
     split_count,
     store_pixels,
+    store_statistics,
     store_tile,
     strided_size,
     sum_splits,
@@ -139,32 +142,19 @@ def _conv1x1_fprop_kernel(
             a = activation(a, bn, c + tl.arange(0, DEPTH), C)
         acc = tl.dot(load_tile(weight, k, c, K, C, CHANNELS, DEPTH, TMA), a.T, acc, input_precision="ieee")
     PART: tl.constexpr = PIXELS // PARTS
-    n = 0.0
+    seen = 0.0
     tile_mean = tl.zeros((CHANNELS,), tl.float32)
     tile_m2 = tl.zeros((CHANNELS,), tl.float32)
     for index in tl.static_range(PARTS):
         first = row + index * PART
         rounded = part(acc, index, PARTS).to(y.dtype if TMA else y.dtype.element_ty)
         if STATS:
-            # Of the rounded values, as the batch norm reads them; the parts merge by Chan's formula.
-            live = (tl.arange(0, PART) < M - first)[None, :]
+            live = tl.arange(0, PART) < M - first
             rows = tl.minimum(tl.maximum(M - first, 0), PART).to(tl.float32)
-            value = tl.where(live, rounded.to(tl.float32), 0.0)
-            part_mean = tl.sum(value, 1) / tl.maximum(rows, 1.0)
-            deviation = tl.where(live, value - part_mean[:, None], 0.0)
-            share = rows / tl.maximum(n + rows, 1.0)
-            delta = part_mean - tile_mean
-            tile_mean += delta * share
-            tile_m2 += tl.sum(deviation * deviation, 1) + delta * delta * (n * share)
-            n += rows
+            seen, tile_mean, tile_m2 = merge_statistics(rounded, live, rows, seen, tile_mean, tile_m2)
         store_tile(y, rounded.T, first, k, M, K, PART, CHANNELS, TMA)
     if STATS:
-        channels = k + tl.arange(0, CHANNELS)
-        at = tl.cast(tile, tl.int64) * K + channels
-        tl.store(mean + at, tile_mean, mask=channels < K)
-        tl.store(m2 + at, tile_m2, mask=channels < K)
-        if k == 0:
-            tl.store(count + tile, n)
+        store_statistics(count, mean, m2, tile, seen, tile_mean, tile_m2, k, K, CHANNELS)
 
 
 @triton.jit
@@ -304,20 +294,14 @@ def conv1x1(
     tma = has_tma(part_of(x.device), x, weight, y)
 
     def launch(tile: Tile):
-        count = mean = m2 = None
         tiles = ceil_div(rows, tile.pixels)
-        if with_stats:
-            count = torch.empty(tiles, dtype=torch.float32, device=x.device)
-            mean = torch.empty(tiles, k, dtype=torch.float32, device=x.device)
-            m2 = torch.empty_like(mean)
+        stats = empty_stats(tiles, k, x.device) if with_stats else None
         compiled = _conv1x1_fprop_kernel[(tiles * ceil_div(k, tile.channels),)](
             operand(x, tile.pixels, tile.depth, tma and stride == 1),
             operand(weight, tile.channels, tile.depth, tma),
             bn,
             operand(y, tile.pixels // tile.parts, tile.channels, tma),
-            count,
-            mean,
-            m2,
+            *(stats or (None, None, None)),
             rows,
             *units(c, k),
             *(h, w, ho, wo),
@@ -327,7 +311,7 @@ def conv1x1(
             tma,
             **tile.constants,
         )
-        return ChannelStats(count, mean, m2) if with_stats else None, compiled
+        return stats, compiled
 
     form = "conv1x1" if bn is None else "conv1x1, BN + ReLU on load"
     return y, choose(form, choices(CONFIGS, form, x, k, tma), x, launch)

@@ -50,6 +50,7 @@ from ._common import (
     check_activations,
     check_dense,
     check_vectors,
+    empty_stats,
     part_of,
     row_vector,
 )
@@ -61,8 +62,10 @@ from ._gemm import (
     choose,
     has_tma,
     load_tile,
+    merge_statistics,
     operand,
     part,
+    store_statistics,
     strided_size,
     sum_splits,
     unit,
@@ -136,6 +139,7 @@ def _conv3x3_fprop_kernel(
     x, weight, y, count, mean, m2, N, H, W, HO, WO, c_units, k_units, dilation,
     C_UNIT: tl.constexpr, K_UNIT: tl.constexpr, STATS: tl.constexpr, STRIDE: tl.constexpr, TMA: tl.constexpr,
     TMA_X: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PART_IMAGES: tl.constexpr, PART_ROWS: tl.constexpr, PART_COLUMNS: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     C = c_units * C_UNIT
@@ -156,9 +160,6 @@ def _conv3x3_fprop_kernel(
         weights = load_tile(weight, k, tap * C + c, K, 9 * C, CHANNELS, DEPTH, TMA)
         acc = tl.dot(weights, a.T, acc, input_precision="ieee")
     PART: tl.constexpr = PIXELS // PARTS
-    PART_COLUMNS: tl.constexpr = COLUMNS if COLUMNS < PART else PART
-    PART_ROWS: tl.constexpr = ROWS if ROWS < PART // PART_COLUMNS else PART // PART_COLUMNS
-    PART_IMAGES: tl.constexpr = PART // (PART_ROWS * PART_COLUMNS)
     seen = 0.0
     tile_mean = tl.zeros((CHANNELS,), tl.float32)
     tile_m2 = tl.zeros((CHANNELS,), tl.float32)
@@ -166,27 +167,14 @@ def _conv3x3_fprop_kernel(
         pn, ph, pw = part_at(n, h, w, 1, index * PART, ROWS, COLUMNS)
         rounded = part(acc, index, PARTS).to(y.dtype if TMA else y.dtype.element_ty)
         if STATS:
-            # Of the rounded values, as the batch norm reads them; the parts merge by Chan's formula.
             live = inside(pn, ph, pw, N, HO, WO, 1, PART_IMAGES, PART_ROWS, PART_COLUMNS)
             rows = tl.sum(live.to(tl.float32), 0)
-            value = tl.where(live[None, :], rounded.to(tl.float32), 0.0)
-            part_mean = tl.sum(value, 1) / tl.maximum(rows, 1.0)
-            deviation = tl.where(live[None, :], value - part_mean[:, None], 0.0)
-            share = rows / tl.maximum(seen + rows, 1.0)
-            delta = part_mean - tile_mean
-            tile_mean += delta * share
-            tile_m2 += tl.sum(deviation * deviation, 1) + delta * delta * (seen * share)
-            seen += rows
+            seen, tile_mean, tile_m2 = merge_statistics(rounded, live, rows, seen, tile_mean, tile_m2)
         store_box(
             y, rounded.T, pn, ph, pw, k, N, HO, WO, K, 1, TMA, PART_IMAGES, PART_ROWS, PART_COLUMNS, CHANNELS
         )  # fmt: skip
     if STATS:
-        channels = k + tl.arange(0, CHANNELS)
-        at = tl.cast(tile, tl.int64) * K + channels
-        tl.store(mean + at, tile_mean, mask=channels < K)
-        tl.store(m2 + at, tile_m2, mask=channels < K)
-        if k == 0:
-            tl.store(count + tile, seen)
+        store_statistics(count, mean, m2, tile, seen, tile_mean, tile_m2, k, K, CHANNELS)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -194,6 +182,7 @@ def _conv3x3_dgrad_kernel(
     dy, weight, y, bn, residual, mask, dx, sums, N, H, W, HO, WO, c_units, k_units, dilation,
     C_UNIT: tl.constexpr, K_UNIT: tl.constexpr, STRIDE: tl.constexpr, TMA: tl.constexpr, TMA_DX: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PART_IMAGES: tl.constexpr, PART_ROWS: tl.constexpr, PART_COLUMNS: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     C = c_units * C_UNIT
@@ -232,9 +221,6 @@ def _conv3x3_dgrad_kernel(
         weights = load_tile(weight, k, (3 * tap_row + tap_column) * C + c, K, 9 * C, DEPTH, CHANNELS, TMA)
         acc = tl.dot(weights.T, g.T, acc, input_precision="ieee")
     PART: tl.constexpr = PIXELS // PARTS
-    PART_COLUMNS: tl.constexpr = COLUMNS if COLUMNS < PART else PART
-    PART_ROWS: tl.constexpr = ROWS if ROWS < PART // PART_COLUMNS else PART // PART_COLUMNS
-    PART_IMAGES: tl.constexpr = PART // (PART_ROWS * PART_COLUMNS)
     channels = c + tl.arange(0, CHANNELS)
     total = tl.zeros((CHANNELS,), tl.float32)
     centred = tl.zeros((CHANNELS,), tl.float32)
@@ -376,20 +362,14 @@ def conv3x3(
 
     def launch(tile: Tile):
         box = choose_box(tile.pixels, n, ho, wo)
-        tiles = box.tiles(n, ho, wo)
-        count = mean = m2 = None
-        if with_stats:
-            count = torch.empty(tiles, dtype=torch.float32, device=x.device)
-            mean = torch.empty(tiles, k, dtype=torch.float32, device=x.device)
-            m2 = torch.empty_like(mean)
+        part_box, tiles = box.part(tile.parts), box.tiles(n, ho, wo)
+        stats = empty_stats(tiles, k, x.device) if with_stats else None
         tma_x = tma and steps_by_tma(x, stride, tile.depth)
         compiled = _conv3x3_fprop_kernel[(tiles * ceil_div(k, tile.channels),)](
             box_operand(x, box, tile.depth, stride, tma_x),
             operand(matrix, tile.channels, tile.depth, tma),
-            box_operand(y, box.part(tile.parts), tile.channels, 1, tma),
-            count,
-            mean,
-            m2,
+            box_operand(y, part_box, tile.channels, 1, tma),
+            *(stats or (None, None, None)),
             *(n, h, w, ho, wo),
             *units(c, k),
             dilation,
@@ -398,10 +378,11 @@ def conv3x3(
             stride,
             tma,
             tma_x,
-            **box.constants,
+            **box.constants(),
+            **part_box.constants("PART_"),
             **tile.constants,
         )
-        return ChannelStats(count, mean, m2) if with_stats else None, compiled
+        return stats, compiled
 
     return y, choose(f"{kernel}, stride {stride}", choices(CONFIGS, kernel, x, k, tma), x, launch)
 
@@ -450,7 +431,8 @@ def conv3x3_dgrad(
         slots = stride * stride * box.tiles(*halves)
         sums = None if bn is None else torch.empty(slots, 2, c, dtype=torch.float32, device=dy.device)
         tma_dx = tma and steps_by_tma(dx, stride, tile.channels)
-        of_dx = box.part(tile.parts), tile.channels, stride, tma_dx
+        part_box = box.part(tile.parts)
+        of_dx = part_box, tile.channels, stride, tma_dx
         compiled = _conv3x3_dgrad_kernel[(slots * ceil_div(c, tile.channels),)](
             box_operand(dy, box, tile.depth, 1, tma),
             operand(matrix, tile.depth, tile.channels, tma),
@@ -467,7 +449,8 @@ def conv3x3_dgrad(
             stride,
             tma,
             tma_dx,
-            **box.constants,
+            **box.constants(),
+            **part_box.constants("PART_"),
             **tile.constants,
         )
         return (dx, sums), compiled
@@ -519,7 +502,7 @@ def conv3x3_wgrad(
             ragged,
             tma,
             tma_x,
-            **box.constants,
+            **box.constants(),
             **tile.constants,
         )
         return partials, compiled
