@@ -204,6 +204,20 @@ GPU_FORMS = {
 }
 
 
+def assert_exact(fused, x, **flags):
+    """The output, every gradient that is wanted and the state are stock's in float64, in the block's own form."""
+    found = []
+    for model in (fused, fastres.revert(copy.deepcopy(fused))):
+        own = x.clone().requires_grad_()
+        wanted = [own, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+        with plan.wrapping(lambda k: plan.in_form(k, gram_folding=True, **flags)):
+            out = model(own)
+            grads = torch.autograd.grad(out.square().sum(), wanted)
+        found.append((out, *grads, *model.state_dict().values()))
+    for ours, exact in zip(*found, strict=True):
+        assert relative_error(ours.double(), exact.double()) < 1e-10
+
+
 @pytest.mark.parametrize("form", GPU_FORMS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("stride, channels", [(1, 24), (2, 24), (1, 64)])
@@ -212,16 +226,7 @@ def test_forms_of_a_gpu_are_exact_in_float64(stride, channels, training, form):
     projects = (stride, channels) != (1, 64)
     shortcut = make_shortcut("B", channels, 64, stride) if projects else None
     fused = fastres.nn.Bottleneck(channels, 16, stride, shortcut).double().train(training)
-    stock = fastres.revert(copy.deepcopy(fused))
-    x, found = torch.randn(4, channels, 9, 8).double(), []
-    for model in (fused, stock):
-        own = x.clone().requires_grad_()
-        with plan.wrapping(lambda k: plan.in_form(k, gram_folding=True, **GPU_FORMS[form])):
-            out = model(own)
-            grads = torch.autograd.grad(out.square().sum(), [own, *model.parameters()])
-        found.append((out, *grads, *model.state_dict().values()))
-    for ours, exact in zip(*found, strict=True):
-        assert relative_error(ours.double(), exact.double()) < 1e-10
+    assert_exact(fused, torch.randn(4, channels, 9, 8).double(), **GPU_FORMS[form])
 
 
 @pytest.mark.parametrize("form", GPU_FORMS)
@@ -229,16 +234,7 @@ def test_forms_of_a_gpu_are_exact_in_float64(stride, channels, training, form):
 def test_a_stage_in_forms_of_a_gpu_is_exact_in_float64(block, form):
     torch.manual_seed(0)
     fused = make_stage(block, 24, 16, 3, 2)[0].double()
-    stock = fastres.revert(copy.deepcopy(fused))
-    x, found = torch.randn(4, 24, 9, 8).double(), []
-    for model in (fused, stock):
-        own = x.clone().requires_grad_()
-        with plan.wrapping(lambda k: plan.in_form(k, gram_folding=True, **GPU_FORMS[form])):
-            out = model(own)
-            grads = torch.autograd.grad(out.square().sum(), [own, *model.parameters()])
-        found.append((out, *grads, *model.state_dict().values()))
-    for ours, exact in zip(*found, strict=True):
-        assert relative_error(ours.double(), exact.double()) < 1e-10
+    assert_exact(fused, torch.randn(4, 24, 9, 8).double(), **GPU_FORMS[form])
 
 
 @pytest.mark.parametrize("fold_projection", [True, False])
@@ -253,17 +249,7 @@ def test_a_basic_block_of_a_gpu_is_exact_in_float64(stride, channels, training, 
     for name, parameter in fused.named_parameters():
         of_projection = name.startswith("downsample")
         parameter.requires_grad_(frozen == "nothing" or of_projection == (frozen != "projection"))
-    stock = fastres.revert(copy.deepcopy(fused))
-    x, found = torch.randn(4, channels, 9, 8).double(), []
-    for model in (fused, stock):
-        own = x.clone().requires_grad_()
-        wanted = [own, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
-        with plan.wrapping(lambda k: plan.in_form(k, gram_folding=True, fold_projection=fold_projection)):
-            out = model(own)
-            grads = torch.autograd.grad(out.square().sum(), wanted)
-        found.append((out, *grads, *model.state_dict().values()))
-    for ours, exact in zip(*found, strict=True):
-        assert relative_error(ours.double(), exact.double()) < 1e-10
+    assert_exact(fused, torch.randn(4, channels, 9, 8).double(), fold_projection=fold_projection)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are interpreted where there is no GPU")

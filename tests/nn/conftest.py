@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import fastres
 from fastres import functional
@@ -52,6 +53,24 @@ def run():
         return results
 
     return run
+
+
+@pytest.fixture
+def replicate():
+    """A function that makes a replica as nn.DataParallel does: `_parameters` emptied, the tensors plain attributes."""
+
+    def replicate(module: nn.Module) -> nn.Module:
+        replica = module._replicate_for_data_parallel()
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter * 1)
+        for name, child in module._modules.items():
+            setattr(replica, name, replicate(child))
+        return replica
+
+    return replicate
 
 
 @pytest.fixture

@@ -65,21 +65,8 @@ def test_copies_stay_fused_and_keep_the_backend(how, own, fused_calls):
     assert type(fastres.revert(copied)) is type(block).stock_class
 
 
-def test_replicas_of_data_parallel(fused_calls):
-    """nn.DataParallel makes its replicas with `_parameters` emptied and the tensors as plain attributes."""
+def test_replicas_of_data_parallel(fused_calls, replicate):
     block = fastres.convert(user_block())
-
-    def replicate(module: nn.Module) -> nn.Module:
-        replica = module._replicate_for_data_parallel()
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                replica._parameters[name] = None
-            else:
-                setattr(replica, name, parameter * 1)
-        for name, child in module._modules.items():
-            setattr(replica, name, replicate(child))
-        return replica
-
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
     replica = replicate(block)
     assert not replica.conv1._parameters.get("weight")

@@ -305,21 +305,8 @@ def test_what_follows_may_change_the_output_in_place(assert_same):
     assert_same(model, stock, images(requires_grad=True))
 
 
-def test_replicas_of_data_parallel(fused_calls):
-    """nn.DataParallel makes its replicas with `_parameters` emptied and the tensors as plain attributes."""
+def test_replicas_of_data_parallel(fused_calls, replicate):
     model = fastres.convert(vgg()).eval()
-
-    def replicate(module: nn.Module) -> nn.Module:
-        replica = module._replicate_for_data_parallel()
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                replica._parameters[name] = None
-            else:
-                setattr(replica, name, parameter * 1)
-        for name, child in module._modules.items():
-            setattr(replica, name, replicate(child))
-        return replica
-
     x = images()
     replica = replicate(model)
     assert not replica[0]._parameters.get("bias")
