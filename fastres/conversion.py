@@ -16,6 +16,7 @@ from . import backends
 from .nn import blocks, conv_bn_relu, projection, sequential, stage, stem
 from .nn.fused import FusedModule, fused_class
 from .nn.stage import GRANULARITIES
+from .text import listed
 
 # The second is where torchvision's ResNet keeps its forward, the third is how an nn.Sequential's gets at the children.
 _FORWARD_METHODS = ("forward", "_forward_impl", "__iter__")
@@ -265,9 +266,7 @@ def _is_sharded(module: nn.Module) -> bool:
 
 
 def _listed(units: list[Unit]) -> str:
-    text = "; ".join(map(str, units[:_NAMED_IN_MESSAGES]))
-    more = len(units) - _NAMED_IN_MESSAGES
-    return text + (f"; and {more} more" if more > 0 else "") + " (fastres.explain(model) lists every unit)"
+    return f"{listed(list(map(str, units)), _NAMED_IN_MESSAGES)} (fastres.explain(model) lists every unit)"
 
 
 def _qualified(cls: type) -> str:

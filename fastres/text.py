@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def listed(phrases: Sequence[str], most: int) -> str:
+    """The phrases, of which at most so many are shown; "" without any."""
+    more = len(phrases) - most
+    return "; ".join([*phrases[:most], *[f"and {more} more"] * (more > 0)])
+
+
 def aligned(table: Sequence[Sequence[str]], right_from: int | None = None, left_from: int | None = None) -> list[str]:
     """The lines of a table whose first row is the header; columns from `right_from` on are set to the right, those from
     `left_from` on to the left again.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastres.text import listed
+
 from .conv_bn_relu import layers_reason, run_layers
 from .fused import FusedSlices, FusedUnit
 from .guard import call_reason
@@ -42,8 +44,7 @@ def _refused(module: nn.Module) -> str | None:
     """Which triples run as modules, and why."""
     reasons = {f"{names[0]}-{names[2]}": layers_reason(module, names) for names in triples(module)}
     phrases = [f"{name} run as modules: {reason}" for name, reason in reasons.items() if reason is not None]
-    more = len(phrases) - _REASONS_SHOWN
-    return "; ".join(phrases[:_REASONS_SHOWN] + [f"and {more} more"] * (more > 0)) or None
+    return listed(phrases, _REASONS_SHOWN) or None
 
 
 class FusedSequential(FusedSlices, FusedUnit):

@@ -17,7 +17,6 @@ GRANULARITIES = ("auto", "block", "stage")
 BUCKET = 25 * 2**20
 """Bytes of gradients that DistributedDataParallel reduces together, where it is not told otherwise."""
 
-
 _OF_A_BLOCK = ("fused_forward", "fused_params", "fused_shortcut")
 """Methods that a chain does not call or calls in another's place."""
 
