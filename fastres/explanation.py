@@ -136,10 +136,12 @@ def _alone(stage: FusedStage) -> str:
     by_reason: dict[str, list[str]] = {}
     for name, reason in stage.alone_reasons().items():
         by_reason.setdefault(reason, []).append(name)
-    if len(by_reason) == 1 and len(next(iter(by_reason.values()))) == len(stage):
-        return f"its blocks run one by one: {reason}"
-    verb = {True: "runs by itself", False: "run by themselves"}
-    return "; ".join(f"{', '.join(names)} {verb[len(names) == 1]}: {why}" for why, names in by_reason.items())
+    if [len(names) for names in by_reason.values()] == [len(stage)]:
+        return f"its blocks run one by one: {next(iter(by_reason))}"
+    return "; ".join(
+        f"{', '.join(names)} {'runs by itself' if len(names) == 1 else 'run by themselves'}: {reason}"
+        for reason, names in by_reason.items()
+    )
 
 
 def _plan(module: FusedUnit, dtype: torch.dtype | None, device: torch.device | None) -> tuple[str, str, str | None]:
