@@ -1,4 +1,4 @@
-"""Shared by the Triton GEMMs: tiles and their choice, operands, and the sum of partial products.
+"""Shared by the Triton GEMMs: tiles and their choice, operands, statistics of outputs, and the sum of partial products.
 
 **House form.** The accumulator is `[channels, pixels]` = weight tile times pixel tile transposed, wherever no prologue
 changes the pixels: then TMA feeds both operands to shared memory and wgmma reads them there. An operand with a prologue
